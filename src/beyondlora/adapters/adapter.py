@@ -1,0 +1,78 @@
+"""Adapter: x ↦ s · up(core(down(x))), the one space in which every method is a point.
+
+A frozen linear layer's output W0 x + b becomes W0 x + b + adapter(x). With an identity core this is LoRA.
+Legend: T tokens (any leading dimensions), N inputs, M outputs, R rank.
+"""
+
+from torch import Tensor, nn
+
+
+class Adapter(nn.Module):
+    """The branch beside a frozen linear layer: down-projection (N → R), core (R → R), up-projection (R → M).
+
+    Args:
+        down: maps (T, N) to (T, R).
+        core: maps (T, R) to (T, R); `nn.Identity()` gives LoRA.
+        up: maps (T, R) to (T, M).
+        scaling: s, dimensionless.
+        dropout: probability p in [0, 1) with which an input feature is dropped in training.
+
+    >>> linear, adapter = nn.Linear(8, 6), Adapter(down=nn.Linear(8, 2, bias=False), up=nn.Linear(2, 6, bias=False))
+    >>> (linear(x) + adapter(x)).shape
+    torch.Size([5, 6])
+    """
+
+    def __init__(
+        self,
+        *,
+        down: nn.Linear,
+        up: nn.Linear,
+        core: nn.Module | None = None,
+        scaling: float = 1.0,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.down, self.core, self.up = down, core if core is not None else nn.Identity(), up
+        self.scaling = scaling
+        self.dropout: nn.Module = dropout_layer(dropout)
+
+    @property
+    def rank(self) -> int:
+        """R, the width of the bottleneck."""
+        return self.down.out_features
+
+    def parts(self) -> dict[str, nn.Module]:
+        """The modules that hold the trainable weights, each in `.weight`, by the paper's letter."""
+        return {"A": self.down, "B": self.up}
+
+    def forward(self, x_TN: Tensor) -> Tensor:
+        """Map inputs (..., N) to the addition to the layer's output (..., M)."""
+        return self.up(self.core(self.down(self.dropout(x_TN)))) * self.scaling
+
+    def static_down_weight(self) -> Tensor:
+        """The core applied to each column of the down-projection's weight, (R, N); for a linear core, core · down."""
+        return self.core(self.down.weight.mT).mT
+
+    def delta_weight(self) -> Tensor:
+        """The weight update ΔW (M, N), scaling included: base + ΔW ≡ base + adapter, up to `merge_warning`.
+
+        Raises: ValueError where no such matrix exists (see `merge_refusal`).
+        """
+        if self.merge_refusal:
+            raise ValueError(self.merge_refusal)
+        return self.up.weight @ self.static_down_weight() * self.scaling
+
+    @property
+    def merge_refusal(self) -> str | None:
+        """Why the adapter is not a weight update, and what to do; None where it is one."""
+        return None
+
+    @property
+    def merge_warning(self) -> str | None:
+        """In which way the merged layer differs from the trained one; None where it does not."""
+        return None
+
+
+def dropout_layer(probability: float) -> nn.Module:
+    """Dropout, or nothing at all for probability 0, as in PEFT's LoRA."""
+    return nn.Dropout(probability) if probability > 0 else nn.Identity()

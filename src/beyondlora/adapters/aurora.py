@@ -1,0 +1,170 @@
+"""AuroRA (arXiv 2505.18738): an adaptive nonlinear layer between two projectors. branch(x) = s · B · σ(A x).
+
+    σ(z) = F(z) + L(z),   F(z) = act(H · act(z)) fixed,   L a learnable B-spline
+
+Legend: T tokens, N inputs, M outputs, R rank, K = G + k basis functions.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .adapter import Adapter
+from .bspline import SPLINES
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "leaky_relu": nn.LeakyReLU, "sigmoid": nn.Sigmoid}
+
+
+class AdaptiveNonlinearLayer(nn.Module):
+    """σ(z) = act(H · act(z)) + L(z), from (..., R) to (..., R); either term can be left out for ablation.
+
+    Args:
+        rank: R.
+        activation: "tanh", or "leaky_relu" and "sigmoid" for ablations.
+        spline: "pooled" (the paper's shapes) or "per_dim" (the reading of KAN).
+        fixed: keep F.
+        learnable: keep L.
+        grid_size, spline_order, grid_range: of the splines, see `beyondlora.adapters.bspline.bspline_basis`.
+        device, dtype: of the weights.
+
+    Raises: ValueError for an unknown activation or spline, or where both terms are left out.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        *,
+        activation: str = "tanh",
+        spline: str = "pooled",
+        fixed: bool = True,
+        learnable: bool = True,
+        grid_size: int = 5,
+        spline_order: int = 3,
+        grid_range: tuple[float, float] = (-1.0, 1.0),
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation={activation!r} is unknown; choose one of {sorted(ACTIVATIONS)}.")
+        if spline not in SPLINES:
+            raise ValueError(f"spline={spline!r} is unknown; choose one of {sorted(SPLINES)}.")
+        if not (fixed or learnable):
+            raise ValueError("fixed=False and learnable=False leave nothing of the nonlinear layer; keep one of them.")
+        self.activation = ACTIVATIONS[activation]()
+        self.H = nn.Linear(rank, rank, bias=False, device=device, dtype=dtype) if fixed else None
+        self.spline = (
+            SPLINES[spline](
+                rank, grid_size=grid_size, order=spline_order, grid_range=grid_range, device=device, dtype=dtype
+            )
+            if learnable
+            else None
+        )
+
+    def reset_parameters(self) -> None:
+        """H Xavier-normal, spline weights uniform in (−0.1, 0.1)."""
+        if self.H is not None:
+            nn.init.xavier_normal_(self.H.weight)
+        if self.spline is not None:
+            self.spline.reset_parameters()
+
+    def forward(self, z_TR: Tensor) -> Tensor:
+        """Map (..., R) to (..., R)."""
+        terms = []
+        if self.H is not None:
+            terms.append(self.activation(self.H(self.activation(z_TR))))
+        if self.spline is not None:
+            terms.append(self.spline(z_TR))
+        return terms[0] if len(terms) == 1 else terms[0] + terms[1]
+
+
+class AuroraAdapter(Adapter):
+    """s · B · σ(A x) with A (R, N), B (M, R) and the adaptive nonlinear layer σ.
+
+    Trained and evaluated dynamically. It merges in the paper's static form ΔW = s · B · σ(A), σ applied to each column
+    of A, which is another function of x than the one trained: σ(A) x is not σ(A x). `static_gap` measures how far.
+
+    Args:
+        in_features: N.
+        out_features: M.
+        rank: R >= 1.
+        scaling: s, dimensionless.
+        dropout: probability in [0, 1) with which an input feature is dropped in training.
+        noop_start: True starts at zero (B = 0); False draws B at random.
+        device, dtype: of the weights.
+        **nonlinear: passed to `AdaptiveNonlinearLayer`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        *,
+        scaling: float = 2.0,
+        dropout: float = 0.0,
+        noop_start: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **nonlinear: object,
+    ) -> None:
+        super().__init__(
+            down=nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype),
+            up=nn.Linear(rank, out_features, bias=False, device=device, dtype=dtype),
+            scaling=scaling,
+            dropout=dropout,
+        )
+        self.core: AdaptiveNonlinearLayer = AdaptiveNonlinearLayer(rank, device=device, dtype=dtype, **nonlinear)  # type: ignore[arg-type]
+        self.reset_parameters(noop_start=noop_start)
+
+    def reset_parameters(self, *, noop_start: bool = True) -> None:
+        """A Kaiming-uniform (a = sqrt 5) as in LoRA, σ as it says, B zero or Kaiming-uniform if not `noop_start`."""
+        nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
+        self.core.reset_parameters()
+        if noop_start:
+            nn.init.zeros_(self.up.weight)
+        else:
+            nn.init.kaiming_uniform_(self.up.weight, a=math.sqrt(5))
+
+    def parts(self) -> dict[str, nn.Module]:
+        """A, B, H and the spline, as far as they exist."""
+        parts = {"A": self.down, "B": self.up, "H": self.core.H, "spline": self.core.spline}
+        return {letter: module for letter, module in parts.items() if module is not None}
+
+    @torch.no_grad()
+    def static_gap(self, x_TN: Tensor) -> float:
+        """How far static inference is from dynamic on inputs x (..., N): ‖ΔW x − branch(x)‖ / ‖branch(x)‖, unitless.
+
+        Returns: 0 where they agree, 1 where the difference is as large as the adapter itself, inf or nan for an
+        adapter whose output is zero.
+        """
+        dynamic = self.up(self.core(self.down(x_TN))) * self.scaling
+        static = F.linear(x_TN, self.delta_weight())
+        return (torch.linalg.vector_norm(static - dynamic) / torch.linalg.vector_norm(dynamic)).item()
+
+    @property
+    def merge_warning(self) -> str | None:
+        """The static form is an approximation."""
+        return (
+            "Merging AuroRA folds its static form s·B·σ(A) into the weights: σ(A)x is not σ(Ax), so the merged model "
+            "differs from the trained one. Measure it on your data before you rely on it: `beyondlora evaluate RUN` "
+            "against `beyondlora evaluate RUN --merged`, or AuroraAdapter.static_gap(x) for one layer."
+        )
+
+
+class StaticAuroraAdapter(AuroraAdapter):
+    """AuroRA-S, static in training too: branch(x) = s · B · σ(A) x. An exact weight update."""
+
+    def forward(self, x_TN: Tensor) -> Tensor:
+        """Map inputs (..., N) to the addition to the layer's output (..., M)."""
+        return self.up(F.linear(self.dropout(x_TN), self.static_down_weight())) * self.scaling
+
+    @property
+    def merge_warning(self) -> str | None:
+        """What is merged is what was trained."""
+        return None
+
+
+MODES: dict[str, type[AuroraAdapter]] = {"dynamic": AuroraAdapter, "static": StaticAuroraAdapter}

@@ -1,0 +1,83 @@
+"""CeRA (arXiv 2602.22911): a gated bottleneck. branch(x) = s · B · D_p(SiLU(A x)).
+
+Legend: T tokens, N inputs, M outputs, R rank.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+from .adapter import Adapter, dropout_layer
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "relu": nn.ReLU, "identity": nn.Identity}
+
+
+class CeraAdapter(Adapter):
+    """s · B · D_p(act(A x)) with A (R, N) and B (M, R).
+
+    The nonlinearity stays at inference: no weight matrix equals base + adapter, so there is nothing to merge (but for
+    the ablation activation="identity", which is LoRA with its dropout moved into the bottleneck).
+
+    Args:
+        in_features: N.
+        out_features: M.
+        rank: R >= 1.
+        scaling: s, dimensionless; the paper has none (1).
+        dropout: probability p in [0, 1), on the R bottleneck units after the activation, in training only.
+        activation: "silu", or "relu" and "identity" for ablations.
+        noop_start: True starts at zero (B = 0, the paper's); False draws B at random, like PEFT's
+            `init_lora_weights=False`.
+        device, dtype: of the weights.
+
+    Raises: ValueError for an unknown activation.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        *,
+        scaling: float = 1.0,
+        dropout: float = 0.1,
+        activation: str = "silu",
+        noop_start: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation={activation!r} is unknown; choose one of {sorted(ACTIVATIONS)}.")
+        down = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
+        up = nn.Linear(rank, out_features, bias=False, device=device, dtype=dtype)
+        super().__init__(down=down, up=up, scaling=scaling)
+        self.activation = ACTIVATIONS[activation]()
+        self.dropout = dropout_layer(dropout)
+        self.core = nn.Sequential(self.activation, self.dropout)
+        self.reset_parameters(noop_start=noop_start)
+
+    def reset_parameters(self, *, noop_start: bool = True) -> None:
+        """A Kaiming-normal with the ReLU gain, std = sqrt(2 / N); B zero, or Kaiming-uniform if not `noop_start`."""
+        nn.init.kaiming_normal_(self.down.weight, nonlinearity="relu")
+        if noop_start:
+            nn.init.zeros_(self.up.weight)
+        else:
+            nn.init.kaiming_uniform_(self.up.weight, a=math.sqrt(5))
+
+    def forward(self, x_TN: torch.Tensor) -> torch.Tensor:
+        """Map inputs (..., N) to the addition to the layer's output (..., M)."""
+        return self.up(self.core(self.down(x_TN))) * self.scaling
+
+    def static_down_weight(self) -> torch.Tensor:
+        """A itself: only the identity activation has a static form, and dropout is no part of it."""
+        return self.down.weight
+
+    @property
+    def merge_refusal(self) -> str | None:
+        """CeRA is nonlinear in x."""
+        if isinstance(self.activation, nn.Identity):
+            return None
+        return (
+            "Cannot merge a CeRA adapter: it is nonlinear in x, so no weight matrix equals base + adapter. Keep it "
+            "attached (model.save_pretrained, PeftModel.from_pretrained), or train LoRA or StelLA, which merge exactly."
+        )

@@ -1,0 +1,100 @@
+"""StiefelLinear: a linear layer whose type says that its weight lives on a Stiefel manifold."""
+
+import weakref
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from .stiefel import RETRACTIONS, random_stiefel
+
+_live: "weakref.WeakSet[StiefelLinear]" = weakref.WeakSet()
+
+
+class StiefelLinear(nn.Linear):
+    """``y = x Wᵀ`` with W orthonormal: its columns where it is tall (out >= in), its rows where it is wide.
+
+    Any torch optimizer that owns the weight takes the Riemannian step instead of its Euclidean one (see
+    `beyondlora.manifold.riemannian`). There is no bias.
+
+    The weight stays in float32 (or float64): `.to(bfloat16)`, `.half()` and friends move it to the device asked for
+    and leave its precision alone. bfloat16 keeps 8 bits: orthonormality is off by 3e-4 as soon as the factor is
+    rounded, and most entries do not move in a typical step.
+
+    Args:
+        in_features: N, size of the last dimension of the input.
+        out_features: M, size of the last dimension of the output.
+        retraction: "polar" or "exp_map", the way back to the manifold after a step.
+        step_scale: factor on every step, dimensionless (gradient scaling sqrt(d / rows), arXiv 2510.01938).
+        device: of the weight.
+        dtype: float32 or float64; default: torch's default dtype, at least float32.
+
+    Raises: ValueError for an unknown retraction or a dtype below float32.
+
+    >>> layer = StiefelLinear(4, 64)
+    >>> distance_to_stiefel(layer.orthonormal) < 1e-6
+    tensor(True)
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Make the layer known to `live_stiefel_layers`."""
+        # __new__ and not __init__: copies and unpickled layers pass through here too. They are found through this
+        # set, because an attribute on the Parameter would not survive deepcopy or sharding.
+        layer = super().__new__(cls)
+        _live.add(layer)
+        return layer
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        retraction: str = "polar",
+        step_scale: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if retraction not in RETRACTIONS:
+            raise ValueError(f"retraction={retraction!r} is unknown; choose one of {sorted(RETRACTIONS)}.")
+        if dtype is not None and dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"dtype={dtype}: a Stiefel factor needs float32 or float64 to stay orthonormal.")
+        if dtype is None:  # torch's default dtype may be bfloat16, as while transformers loads a model
+            dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        super().__init__(in_features, out_features, bias=False, device=device, dtype=dtype)
+        self.retraction = retraction
+        self.step_scale = step_scale
+
+    def reset_parameters(self) -> None:
+        """Draw a weight uniformly from the manifold."""
+        if self.weight.is_meta:
+            return
+        with torch.no_grad():
+            tall = self.orthonormal
+            tall.copy_(random_stiefel(*tall.shape, dtype=tall.dtype, device=tall.device))
+
+    def tall(self, matrix: Tensor) -> Tensor:
+        """View a matrix of the weight's shape as (rows, R), rows >= R: itself, or transposed where it is wide."""
+        return matrix if self.out_features >= self.in_features else matrix.mT
+
+    @property
+    def orthonormal(self) -> Tensor:
+        """The weight as Y (rows, R) with orthonormal columns, a view."""
+        return self.tall(self.weight)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        def keep_precision(tensor: Tensor) -> Tensor:
+            converted = fn(tensor)
+            return converted if converted.dtype in (torch.float32, torch.float64) else tensor.to(converted.device)
+
+        return super()._apply(keep_precision, recurse)
+
+    def extra_repr(self) -> str:
+        """Sizes, retraction and step scale for `repr`."""
+        return f"{super().extra_repr()}, retraction={self.retraction!r}, step_scale={self.step_scale:.4g}"
+
+
+def live_stiefel_layers() -> list[StiefelLinear]:
+    """Every StiefelLinear alive in this process that has its weight."""
+    # A layer whose __init__ raised lives without one for as long as the traceback is kept (notebooks keep the last).
+    return [layer for layer in list(_live) if getattr(layer, "weight", None) is not None]

@@ -1,0 +1,132 @@
+"""What the configs of all methods share: LoRA's field names, their checks, and the way from a config to an adapter."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from peft import PeftConfig
+from peft.utils import PeftType
+from torch import Tensor
+
+from ..adapters.adapter import Adapter
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One layer to adapt, as a config needs to know it.
+
+    Attributes:
+        in_features, out_features: N and M.
+        rank: R, after `rank_pattern`.
+        scaling: s, after `alpha_pattern`.
+        hidden_size: the model's, or None where it has none.
+        base_weight: gives W0 (M, N), dequantised where need be; called only by starts that look at it.
+    """
+
+    in_features: int
+    out_features: int
+    rank: int
+    scaling: float
+    hidden_size: int | None
+    base_weight: Callable[[], Tensor]
+
+
+def option(help_text: str, **default: Any) -> Any:
+    """A config field with its help text."""
+    return field(metadata={"help": help_text}, **default)
+
+
+@dataclass
+class AdapterConfig(PeftConfig):
+    """Fields of every method, named and meant as in `peft.LoraConfig`."""
+
+    method: ClassVar[str]
+
+    r: int = option("Rank R of the bottleneck, at least 1.", default=8)
+    lora_alpha: float | None = option("Scaling numerator: s = lora_alpha / r. None means s = 1.", default=None)
+    lora_dropout: float = option("Dropout probability in [0, 1), in training only.", default=0.0)
+    use_rslora: bool = option("Scale by lora_alpha / sqrt(r) instead of lora_alpha / r.", default=False)
+    target_modules: list[str] | set[str] | str | None = option(
+        "Names (or ends of names) of the layers to adapt, a regular expression, or 'all-linear'. "
+        "Default: the architecture's LoRA targets.",
+        default=None,
+    )
+    exclude_modules: list[str] | set[str] | str | None = option(
+        "Names, or a regular expression, of layers to leave alone.", default=None
+    )
+    modules_to_save: list[str] | None = option("Other modules to train in full and to save.", default=None)
+    bias: str = option("Biases to train: 'none', 'all' or '<method>_only'.", default="none")
+    layers_to_transform: list[int] | int | None = option("Indices of the layers to adapt.", default=None)
+    layers_pattern: list[str] | str | None = option("Name of the module list that the indices count in.", default=None)
+    rank_pattern: dict[str, int] = option("Ranks that differ from r, by layer name or pattern.", default_factory=dict)
+    alpha_pattern: dict[str, float] = option(
+        "Alphas that differ from lora_alpha, by layer name or pattern.", default_factory=dict
+    )
+    fan_in_fan_out: bool = option(
+        "The layer stores (in, out), like GPT-2's Conv1D (found out by itself).", default=False
+    )
+    init_lora_weights: bool | str = option("True: the method's own start. False: random, not a no-op.", default=True)
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = option(
+        "Embedding rows to train as well.", default=None
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType[self.method.upper()]
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, set(getattr(self, name)))
+        self._check()
+
+    def make_adapter(self, layer: LayerSpec) -> Adapter:
+        """The adapter of this config for one layer, freshly initialised."""
+        raise NotImplementedError
+
+    def layer_problem(self, rank: int, out_features: int, in_features: int) -> str | None:
+        """Why a layer of this shape cannot take an adapter of this rank; None where it can."""
+        return None
+
+    def scaling_for(self, rank: int, alpha: float | None) -> float:
+        """The scaling s for a layer of this rank and alpha."""
+        if alpha is None:
+            return 1.0
+        return alpha / (rank**0.5 if self.use_rslora else rank)
+
+    def _check(self) -> None:
+        """Refuse bad values when the config is made, not when the model is."""
+        for name, rank in {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}.items():
+            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+                self._refuse(f"{name}={rank!r} is not a rank; give a whole number of at least 1.")
+        for name, alpha in {"lora_alpha": self.lora_alpha, **self.alpha_pattern}.items():
+            if alpha is not None and not alpha > 0:
+                self._refuse(f"{name}={alpha!r} scales the adapter away or upside down; give a number above 0.")
+        if not 0 <= self.lora_dropout < 1:
+            self._refuse(f"lora_dropout={self.lora_dropout!r} is not a probability in [0, 1).")
+        biases = ("none", "all", f"{self.method}_only")
+        if self.bias not in biases:
+            self._refuse(f"bias={self.bias!r} is unknown; choose one of {list(biases)}.")
+        if self.layers_pattern and self.layers_to_transform is None:
+            self._refuse("layers_pattern says where to count layers: give layers_to_transform, too.")
+        self._check_choice("init_lora_weights", self.init_lora_weights, self.starts())
+        self._check_method()
+
+    def starts(self) -> tuple[bool | str, ...]:
+        """The values that `init_lora_weights` takes."""
+        return (True, False)
+
+    def _check_method(self) -> None:
+        """Let the maths check the method's own fields, on an adapter without memory."""
+        spec = LayerSpec(1, 1, 1, 1.0, None, lambda: torch.empty(1, 1, device="meta"))
+        try:
+            with torch.device("meta"):
+                self.make_adapter(spec)
+        except ValueError as error:
+            self._refuse(str(error))
+
+    def _check_choice(self, name: str, value: object, choices: tuple[bool | str, ...]) -> None:
+        if not any(value is choice or (isinstance(choice, str) and value == choice) for choice in choices):
+            self._refuse(f"{name}={value!r} is unknown; choose one of {list(choices)}.")
+
+    def _refuse(self, reason: str) -> None:
+        raise ValueError(f"{type(self).__name__}: {reason}")

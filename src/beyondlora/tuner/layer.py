@@ -1,0 +1,150 @@
+"""AdapterLayer: a linear layer of the base model with adapters beside it, for every method.
+
+The maths is in the adapter (`beyondlora.adapters`); here is what PEFT asks of a layer: weights in a ModuleDict a
+letter (`<prefix><letter>.<adapter name>.weight`), merging, switching, devices and dtypes.
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.utils import quantization_extra_repr, resolve_quantization_backend
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..adapters.adapter import Adapter
+
+
+class AdapterLayer(nn.Module, BaseTunerLayer):
+    """base_layer(x) + Σ adapter(x) over the active adapters.
+
+    A method subclasses it with its `prefix` and the `letters` of its weights, nothing else.
+
+    Args:
+        base_layer: an `nn.Linear` or transformers' `Conv1D`, plain or quantised (or PEFT layers around one).
+        get_apply_tensor_subclass: what torchao layers need to be written back, passed on to PEFT's backend.
+    """
+
+    prefix: ClassVar[str] = ""
+    letters: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.adapter_layer_names = tuple(cls.prefix + letter for letter in cls.letters)
+        cls.other_param_names = ("adapters", f"{cls.prefix}dropout")
+
+    def __init__(self, base_layer: nn.Module, *, get_apply_tensor_subclass: Callable[[], Any] | None = None) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.in_features: int
+        self.out_features: int
+        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())  # type: ignore[assignment]
+        self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
+        self.quantization_backend = resolve_quantization_backend(
+            self.get_base_layer(), get_apply_tensor_subclass=get_apply_tensor_subclass
+        )
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self.cast_input_dtype_enabled = True
+        # A plain dict on purpose: the adapters' weights are registered below, under the names PEFT and others expect.
+        self.adapters: dict[str, Adapter] = {}
+        for name in (*self.adapter_layer_names, f"{self.prefix}dropout"):
+            setattr(self, name, nn.ModuleDict())
+        self._weight_before_merge: Tensor | None = None
+
+    def add(self, name: str, adapter: Adapter, *, inference_mode: bool = False) -> None:
+        """Put an adapter beside the base layer under a name (PEFT: `update_layer`)."""
+        self.adapters[name] = adapter.train(self.training)
+        for letter, module in adapter.parts().items():
+            getattr(self, self.prefix + letter)[name] = module
+        getattr(self, f"{self.prefix}dropout")[name] = adapter.dropout
+        self._move_adapter_to_device_of_base_layer(name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def weight_matrix(self) -> Tensor:
+        """The base weight W0 as (out, in), dequantised where need be."""
+        return self._oriented(self.get_base_weight())
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's output with every active adapter's branch added, in the base output's dtype."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        result = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return result
+        if self.quantization_backend is not None:
+            result = self.quantization_backend.maybe_clone_base_result(result)
+        dtype = result.dtype
+        for adapter in self._active():
+            result = result + adapter(self._cast_input_dtype(x, adapter.down.weight.dtype))
+        return result.to(dtype)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the adapters' weight updates to the base weight.
+
+        Args:
+            safe_merge: refuse, and leave the weight as it was, if the result is not finite.
+            adapter_names: which adapters; default: the active ones.
+
+        Raises: ValueError where an adapter is no weight update, before anything is changed.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.adapters]
+        if not names:
+            return
+        self.check_mergeable(names)
+        for warning in filter(None, (self.adapters[name].merge_warning for name in names)):
+            warnings.warn(warning, stacklevel=2)
+        original = self.get_base_weight()
+        merged = original.to(torch.promote_types(original.dtype, torch.float32))
+        for name in names:
+            merged = merged + self.get_delta_weight(name).to(merged)
+        merged = merged.to(original.dtype)
+        if safe_merge and not torch.isfinite(merged).all():
+            raise ValueError(f"Merging {names} gives weights that are not finite: the adapter seems to be broken.")
+        if self._weight_before_merge is None:
+            self._weight_before_merge = original.detach().to("cpu", copy=True)
+        self.set_base_weight(merged)
+        self.merged_adapters.extend(names)
+
+    def check_mergeable(self, names: list[str]) -> None:
+        """Raise a ValueError if one of these adapters is no weight update."""
+        for name in names:
+            if name in self.adapters and self.adapters[name].merge_refusal:
+                raise ValueError(self.adapters[name].merge_refusal)
+
+    def unmerge(self) -> None:
+        """Put the base weight back, bit for bit as it was before the first merge."""
+        if self._weight_before_merge is None:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self.set_base_weight(self._weight_before_merge.to(self.get_base_weight().device))
+        self._weight_before_merge = None
+        self.merged_adapters.clear()
+
+    @torch.no_grad()
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The weight update of an adapter, scaling included, in the base weight's orientation.
+
+        Raises: ValueError where the adapter is no weight update.
+        """
+        return self._oriented(self.adapters[adapter].delta_weight())
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether the adapter is exactly a weight update, which is what PEFT's `convert_to_lora` factorises."""
+        adapter = self.adapters[adapter_name]
+        return not (adapter.merge_refusal or adapter.merge_warning)
+
+    def _active(self) -> list[Adapter]:
+        return [self.adapters[name] for name in self.active_adapters if name in self.adapters]
+
+    def _oriented(self, matrix: Tensor) -> Tensor:
+        return matrix.mT if self.fan_in_fan_out else matrix
+
+    def extra_repr(self) -> str:
+        """The quantisation backend, if any."""
+        return quantization_extra_repr(self)
+
+    def __repr__(self) -> str:
+        return self.prefix.removesuffix("_") + "." + super().__repr__()

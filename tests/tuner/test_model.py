@@ -1,0 +1,427 @@
+"""What a PEFT user does with an adapter, for every method: build, train, save, load, switch, merge, delete."""
+
+import copy
+import json
+import pickle
+
+import pytest
+import small_models
+import torch
+from methods import METHODS, every_method
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from beyondlora import AuroraConfig, CeraConfig, StellaConfig
+from beyondlora.manifold import distance_to_stiefel
+from beyondlora.manifold.linear import StiefelLinear
+from beyondlora.tuner.layer import AdapterLayer
+
+IDS = small_models.tokens()
+MERGE_WARNING = r"Merging AuroRA folds its static form.*evaluate RUN --merged"
+
+
+def adapted(method, base=None, **options):
+    config = method.config(**{"target_modules": "all-linear", "task_type": "CAUSAL_LM", **options})
+    return get_peft_model(base if base is not None else small_models.llama(), config).eval()
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def layers(model):
+    return {name: module for name, module in model.named_modules() if isinstance(module, AdapterLayer)}
+
+
+def merging(method):
+    """The context in which a merge of this method must run: a warning where the merge is another function."""
+    return pytest.warns(UserWarning, match=MERGE_WARNING) if method.merge == "static" else pytest.MonkeyPatch.context()
+
+
+mergeable = pytest.mark.parametrize("method", [m for m in METHODS if m.merge != "refused"], ids=lambda m: m.name)
+exact = pytest.mark.parametrize("method", [m for m in METHODS if m.merge == "exact"], ids=lambda m: m.name)
+
+
+@every_method
+def test_the_start_is_what_the_method_says(method):
+    model = adapted(method)
+    assert torch.equal(logits(model), logits(small_models.llama())) == method.noop_start
+
+
+@every_method
+def test_all_linear_adapts_every_linear_but_the_head(method):
+    model = adapted(method)
+    assert len(layers(model)) == 2 * 7
+    assert not any("lm_head" in name for name in layers(model))
+
+
+@every_method
+def test_only_the_adapter_is_trainable_and_every_part_gets_a_gradient(method):
+    model = adapted(method, lora_dropout=0.0)
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trainable == {name for name, _ in model.named_parameters() if f".{method.prefix}" in name}
+    small_models.train_a_little(model, steps=1)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    for name, parameter in model.named_parameters():
+        if name in trainable:
+            assert parameter.grad is not None, name
+            assert parameter.grad.abs().sum() > 0, name
+
+
+@every_method
+def test_parameter_names_are_the_frozen_ones(method):
+    keys = adapted(method).state_dict()
+    ours = {key for key in keys if f".{method.prefix}" in key}
+    assert ours == {
+        f"{name}.{method.prefix}{letter}.default.weight"
+        for name in layers(adapted(method))
+        for letter in method.letters
+    }
+    assert not any("lora_" in key for key in keys)
+
+
+@every_method
+def test_saving_and_loading_gives_the_same_model(method, tmp_path):
+    model = adapted(method)
+    small_models.train_a_little(model)
+    model.save_pretrained(tmp_path)
+    assert set(load_file(tmp_path / "adapter_model.safetensors")) == set(get_peft_model_state_dict(model))
+    for options in ({}, {"low_cpu_mem_usage": True}):
+        loaded = PeftModel.from_pretrained(small_models.llama(), tmp_path, **options).eval()
+        torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=0)
+        assert not any(parameter.requires_grad for parameter in loaded.parameters())
+
+
+@every_method
+def test_targets_by_list_regex_and_architecture(method):
+    for targets, count in ((["q_proj", "up_proj"], 4), (r".*layers\.1\..*(q|k)_proj", 2), (None, 4)):
+        assert len(layers(adapted(method, target_modules=targets))) == count
+
+
+@every_method
+def test_layers_to_transform_and_excluded_modules(method):
+    assert (
+        len(layers(adapted(method, target_modules=["q_proj"], layers_to_transform=[1], layers_pattern="layers"))) == 1
+    )
+    chosen = layers(adapted(method, target_modules=["q_proj", "k_proj"], exclude_modules=["k_proj"]))
+    assert all("q_proj" in name for name in chosen)
+
+
+@every_method
+def test_patterns_set_rank_and_scaling_by_layer(method):
+    model = adapted(
+        method,
+        target_modules=["q_proj", "k_proj"],
+        lora_alpha=8,
+        rank_pattern={"k_proj": 2},
+        alpha_pattern={r"layers\.1\.self_attn\.k_proj": 6},
+    )
+    by_name = {name.split("layers.")[1]: layer.adapters["default"] for name, layer in layers(model).items()}
+    assert (by_name["0.self_attn.q_proj"].rank, by_name["0.self_attn.q_proj"].scaling) == (4, 2.0)
+    assert (by_name["0.self_attn.k_proj"].rank, by_name["0.self_attn.k_proj"].scaling) == (2, 4.0)
+    assert (by_name["1.self_attn.k_proj"].rank, by_name["1.self_attn.k_proj"].scaling) == (2, 3.0)
+
+
+@every_method
+def test_several_adapters_switch_disable_and_delete(method, tmp_path):
+    model = adapted(method)
+    small_models.train_a_little(model)
+    first = logits(model)
+    model.add_adapter("second", method.config(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    assert torch.equal(logits(model), first)
+    model.set_adapter("second")
+    small_models.train_a_little(model, seed=7)
+    second = logits(model)
+    assert not torch.equal(second, first)
+    model.set_adapter("default")
+    assert torch.equal(logits(model), first)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(small_models.llama()))
+    model.save_pretrained(tmp_path, selected_adapters=["second"])
+    model.delete_adapter("second")
+    assert torch.equal(logits(model), first)
+    assert not any("second" in key for key in model.state_dict())
+    model.load_adapter(tmp_path / "second", adapter_name="again")
+    model.set_adapter("again")
+    torch.testing.assert_close(logits(model), second, rtol=0, atol=0)
+
+
+@every_method
+def test_two_active_adapters_add_up(method):
+    model = adapted(method, target_modules=["q_proj"], base=small_models.llama())
+    small_models.train_a_little(model)
+    model.add_adapter("second", method.config(target_modules=["q_proj"], init_lora_weights=False))
+    layer = next(iter(layers(model).values()))
+    x = torch.randn(5, 32)
+    with torch.no_grad():
+        base, both = layer.base_layer(x), [layer.adapters[name](x) for name in ("default", "second")]
+        model.base_model.set_adapter(["default", "second"])
+        model.eval()
+        torch.testing.assert_close(layer(x), base + both[0] + both[1])
+        assert both[1].abs().max() > 0
+
+
+@exact
+def test_an_exact_merge_changes_nothing_but_the_speed(method):
+    model = adapted(method)
+    small_models.train_a_little(model)
+    attached = logits(model)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), attached, rtol=1e-4, atol=1e-4)  # float32: one rounding a weight
+    assert not torch.equal(logits(small_models.llama()), attached)
+
+
+@mergeable
+def test_unmerging_restores_every_bit(method):
+    model = adapted(method)
+    small_models.train_a_little(model)
+    before = {name: layer.get_base_layer().weight.clone() for name, layer in layers(model).items()}
+    attached = logits(model)
+    with merging(method):
+        model.merge_adapter()
+    assert any(not torch.equal(layer.get_base_layer().weight, before[name]) for name, layer in layers(model).items())
+    model.unmerge_adapter()
+    assert all(torch.equal(layer.get_base_layer().weight, before[name]) for name, layer in layers(model).items())
+    assert torch.equal(logits(model), attached)
+
+
+@mergeable
+@pytest.mark.parametrize("safe_merge", [False, True])
+def test_merge_and_unload_leaves_a_plain_model(method, safe_merge):
+    model = adapted(method)
+    small_models.train_a_little(model)
+    with merging(method):
+        model.merge_adapter()
+    merged = logits(model)
+    model.unmerge_adapter()
+    with merging(method):
+        plain = model.merge_and_unload(safe_merge=safe_merge)
+    assert set(plain.state_dict()) == set(small_models.llama().state_dict())
+    torch.testing.assert_close(logits(plain), merged, rtol=0, atol=0)
+
+
+def test_a_static_merge_is_the_papers_static_form():
+    method = next(m for m in METHODS if m.name == "aurora")
+    model = adapted(method)
+    small_models.train_a_little(model)
+    layer = next(iter(layers(model).values()))
+    adapter, weight = layer.adapters["default"], layer.get_base_layer().weight.clone()
+    sigma_of_columns = torch.stack([adapter.core(column) for column in adapter.down.weight.unbind(dim=1)], dim=1)
+    expected = weight + adapter.scaling * adapter.up.weight @ sigma_of_columns
+    with pytest.warns(UserWarning, match=MERGE_WARNING):
+        layer.merge()
+    torch.testing.assert_close(layer.get_base_layer().weight, expected)
+
+
+def test_a_nonlinear_adapter_refuses_to_merge_and_leaves_the_model_untouched():
+    model = adapted(next(m for m in METHODS if m.merge == "refused"))
+    small_models.train_a_little(model)
+    state = copy.deepcopy(model.state_dict())
+    layer = next(iter(layers(model).values()))
+    for merge in (model.merge_adapter, model.merge_and_unload, layer.merge, lambda: layer.get_delta_weight("default")):
+        with pytest.raises(ValueError, match=r"nonlinear in x.*Keep it attached"):
+            merge()
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert not any(layer.merged for layer in layers(model).values())
+
+
+def test_a_safe_merge_refuses_broken_weights_and_keeps_the_base():
+    model = adapted(next(m for m in METHODS if m.name == "stella"), target_modules=["q_proj"])
+    layer = next(iter(layers(model).values()))
+    before = layer.get_base_layer().weight.clone()
+    layer.adapters["default"].core.weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        layer.merge(safe_merge=True)
+    assert torch.equal(layer.get_base_layer().weight, before)
+
+
+@mergeable
+def test_conv1d_layers_of_gpt2_are_adapted_and_merged(method):
+    model = adapted(method, base=small_models.gpt2(), target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)
+    small_models.train_a_little(model)
+    assert len(layers(model)) == 4
+    layer = next(layer for name, layer in layers(model).items() if "c_attn" in name)
+    assert layer.get_delta_weight("default").shape == layer.get_base_layer().weight.shape == (32, 96)
+    attached = logits(model)
+    with merging(method):
+        model.merge_adapter()
+    if method.merge == "exact":
+        torch.testing.assert_close(logits(model), attached, rtol=1e-4, atol=1e-4)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), attached)
+
+
+@every_method
+def test_modules_to_save_are_trained_and_saved(method, tmp_path):
+    model = adapted(method, base=small_models.bert(), task_type="SEQ_CLS", target_modules=["query", "value"])
+    assert any("classifier.modules_to_save" in name for name, p in model.named_parameters() if p.requires_grad)
+    with torch.no_grad():
+        model.base_model.model.classifier.modules_to_save["default"].weight.add_(1.0)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(small_models.bert(seed=0), tmp_path).eval()
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=0)
+
+
+@every_method
+@pytest.mark.parametrize(("bias", "count"), [("none", 0), ("all", 2), ("only", 1)])
+def test_biases(method, bias, count, tmp_path):
+    bias = f"{method.config_cls.method}_only" if bias == "only" else bias
+    model = get_peft_model(small_models.Perceptron(), method.config(target_modules=["first"], bias=bias))
+    trained = [name for name, p in model.named_parameters() if p.requires_grad and name.endswith("bias")]
+    assert len(trained) == count
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in trained:
+                parameter.add_(1.0)
+    model.eval().save_pretrained(tmp_path)
+    x = torch.randn(3, 16)
+    loaded = PeftModel.from_pretrained(small_models.Perceptron(), tmp_path).eval()
+    torch.testing.assert_close(loaded(x), model(x), rtol=0, atol=0)
+
+
+@every_method
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+def test_copies_are_independent_models(method, copied):
+    model = adapted(method)
+    before = logits(model)
+    twin = copied(model)
+    assert torch.equal(logits(twin), before)
+    small_models.train_a_little(twin)
+    assert torch.equal(logits(model), before)
+    assert not torch.equal(logits(twin), before)
+    for layer in twin.modules():
+        if isinstance(layer, StiefelLinear):
+            assert distance_to_stiefel(layer.orthonormal) < 2e-6
+
+
+@every_method
+def test_dropout_follows_train_and_eval(method):
+    model = adapted(method, lora_dropout=0.5, target_modules=["q_proj"], init_lora_weights=False)
+    layer, x = next(iter(layers(model).values())), torch.randn(4, 32)
+    assert torch.equal(layer(x), layer(x))
+    model.train()
+    assert not torch.equal(layer(x), layer(x))
+
+
+@every_method
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
+def test_half_precision_bases(method, dtype, autocast_adapter_dtype):
+    base = small_models.llama().to(dtype)
+    config = method.config(target_modules="all-linear")
+    model = get_peft_model(base, config, autocast_adapter_dtype=autocast_adapter_dtype)
+    assert model(IDS).logits.dtype == dtype
+    for module in model.modules():
+        if isinstance(module, StiefelLinear):
+            assert module.weight.dtype == torch.float32
+            assert distance_to_stiefel(module.orthonormal) < 1e-5
+
+
+def test_stella_trains_on_the_manifold_in_a_bfloat16_base():
+    model = get_peft_model(small_models.llama().to(torch.bfloat16), StellaConfig(r=4, target_modules="all-linear"))
+    small_models.train_a_little(model)
+    factors = [module for module in model.modules() if isinstance(module, StiefelLinear)]
+    assert len(factors) == 2 * 14
+    assert max(distance_to_stiefel(factor.orthonormal) for factor in factors) < 2e-6
+
+
+def test_gradient_scaling_takes_the_hidden_size_or_the_input_width_or_a_number():
+    def scales(model):
+        return {round(m.step_scale, 6) for m in model.modules() if isinstance(m, StiefelLinear)}
+
+    def model_with(base, targets, grad_scaling):
+        return get_peft_model(base, StellaConfig(r=2, target_modules=targets, stella_grad_scaling=grad_scaling))
+
+    assert scales(model_with(small_models.llama(), ["up_proj"], True)) == {round((32 / 48) ** 0.5, 6), 1.0}
+    assert scales(model_with(small_models.Perceptron(), ["first"], True)) == {round((16 / 24) ** 0.5, 6), 1.0}
+    assert scales(model_with(small_models.Perceptron(), ["first"], 96.0)) == {2.0, round(6**0.5, 6)}
+    assert scales(model_with(small_models.Perceptron(), ["first"], False)) == {1.0}
+
+
+def test_svd_starts_take_singular_vectors_of_the_base_weight():
+    for start, kept in (("svd_major", slice(0, 4)), ("svd_minor", slice(-4, None))):
+        config = StellaConfig(r=4, target_modules=["c_attn"], init_lora_weights=start, lora_alpha=4)
+        model = get_peft_model(small_models.gpt2(), config)
+        layer = next(iter(layers(model).values()))
+        U, _, Vh = torch.linalg.svd(layer.get_base_layer().weight.mT, full_matrices=False)
+        torch.testing.assert_close(layer.get_delta_weight("default").mT, U[:, kept] @ Vh[kept], rtol=1e-4, atol=1e-5)
+
+
+def test_folders_of_the_stella_authors_load_unchanged(tmp_path):
+    """A folder built by hand from the description of the authors' format."""
+    base = small_models.llama()
+    generator = torch.Generator().manual_seed(5)
+    weights = {}
+    for index in range(2):
+        stem = f"base_model.model.model.layers.{index}.self_attn.q_proj.stella_"
+        for letter in ("U", "V"):
+            weights[stem + letter] = torch.linalg.qr(torch.randn(32, 8, generator=generator))[0].contiguous()
+        weights[stem + "S.weight"] = torch.randn(8, 8, generator=generator)
+        weights[stem + "U.weight"] = weights.pop(stem + "U")
+        weights[stem + "Vt.weight"] = weights.pop(stem + "V").mT.contiguous()
+    save_file(weights, tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "STELLA", "r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": ["q_proj"]}
+    stella = {"stella_retraction": "polar", "stella_diag_s": False, "stella_grad_scaling": True, "bias": "none"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | stella | {"init_lora_weights": True}))
+    model = PeftModel.from_pretrained(base, tmp_path)
+    for name, layer in layers(model).items():
+        stem = name + ".stella_"
+        expected = 2.0 * weights[stem + "U.weight"] @ weights[stem + "S.weight"] @ weights[stem + "Vt.weight"]
+        torch.testing.assert_close(layer.get_delta_weight("default"), expected)
+    assert len(layers(model)) == 2
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def test_a_rank_above_the_smaller_side_names_the_layers_and_changes_nothing():
+    base = small_models.llama()
+    modules = dict(base.named_modules())
+    with pytest.raises(
+        ValueError, match=r"layers\.0\.self_attn\.k_proj: r=20 is larger.*16×32.*Choose r ≤ 16"
+    ) as refusal:
+        get_peft_model(base, StellaConfig(r=20, target_modules="all-linear"))
+    assert "v_proj" in str(refusal.value)
+    assert "q_proj" not in str(refusal.value)
+    assert dict(base.named_modules()) == modules
+    get_peft_model(base, StellaConfig(r=20, target_modules="all-linear", rank_pattern={"[kv]_proj": 16}))
+
+
+def test_targets_that_match_nothing_show_near_names():
+    with pytest.raises(ValueError, match=r"\['q_porj'\] not found.*Did you mean .*q_proj"):
+        get_peft_model(small_models.llama(), CeraConfig(target_modules=["q_porj"]))
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [(nn.Embedding(7, 16), "tail is a Embedding"), (nn.Conv2d(3, 4, 1), "tail is a Conv2d")],
+    ids=["embedding", "conv"],
+)
+def test_unsupported_layers_are_refused_by_name(layer, message):
+    base = small_models.Perceptron()
+    base.tail = layer
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(base, AuroraConfig(target_modules=["first", "tail"]))
+    assert not isinstance(base.first, AdapterLayer)
+
+
+def test_the_projection_that_attention_never_calls_is_refused():
+    base = nn.Sequential(nn.MultiheadAttention(16, 2))
+    with pytest.raises(
+        ValueError, match=r"out_proj: nn.MultiheadAttention reads this layer's weight and never calls it"
+    ):
+        get_peft_model(base, CeraConfig(target_modules=["out_proj"]))
+
+
+@every_method
+def test_mixed_batches_are_refused_and_not_ignored(method):
+    with pytest.raises(ValueError, match="adapter_names"):
+        adapted(method)(IDS, adapter_names=["default", "__base__"])
+
+
+def test_lora_is_left_alone():
+    assert not layers(get_peft_model(small_models.llama(), LoraConfig(target_modules=["q_proj"])))
