@@ -1,7 +1,7 @@
 """Uniform B-splines: the G+k basis functions of order k on a grid of G intervals, and their learnable combinations.
 
 Legend: T tokens, R rank, K = G + k basis functions.
-Sources: de Boor, A Practical Guide to Splines; the grid convention of KAN (arXiv 2404.19756), as AuroRA uses it.
+Sources: de Boor, A Practical Guide to Splines; the grid convention of KAN (arXiv 2404.19756).
 """
 
 import math

@@ -93,7 +93,6 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.adapters]
         if not names:
             return
-        self.check_mergeable(names)
         for warning in filter(None, (self.adapters[name].merge_warning for name in names)):
             warnings.warn(warning, stacklevel=2)
         original = self.get_base_weight()
