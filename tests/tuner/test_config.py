@@ -52,6 +52,7 @@ def test_configs_survive_a_json_round_trip(method, tmp_path):
     config.save_pretrained(tmp_path)
     loaded = PeftConfig.from_pretrained(tmp_path)
     assert type(loaded) is type(config)
+    assert isinstance(loaded.target_modules, set)
     assert loaded.to_dict() == config.to_dict()
 
 

@@ -227,6 +227,19 @@ def test_a_nonlinear_adapter_refuses_to_merge_and_leaves_the_model_untouched():
     assert not any(layer.merged for layer in layers(model).values())
 
 
+def test_one_adapter_that_cannot_merge_keeps_all_layers_as_they_are():
+    linear, gated = (
+        CeraConfig(r=2, cera_activation=a, target_modules=t)
+        for a, t in (("identity", ["first", "second"]), ("silu", ["second"]))
+    )
+    model = get_peft_model(small_models.Perceptron(), linear)
+    model.add_adapter("gated", gated)
+    model.base_model.set_adapter(["default", "gated"])
+    with pytest.raises(ValueError, match="nonlinear in x"):
+        model.merge_adapter()
+    assert not any(layer.merged for layer in layers(model).values())
+
+
 def test_a_safe_merge_refuses_broken_weights_and_keeps_the_base():
     model = adapted(next(m for m in METHODS if m.name == "stella"), target_modules=["q_proj"])
     layer = next(iter(layers(model).values()))
@@ -336,7 +349,7 @@ def test_gradient_scaling_takes_the_hidden_size_or_the_input_width_or_a_number()
     def model_with(base, targets, grad_scaling):
         return get_peft_model(base, StellaConfig(r=2, target_modules=targets, stella_grad_scaling=grad_scaling))
 
-    assert scales(model_with(small_models.llama(), ["up_proj"], True)) == {round((32 / 48) ** 0.5, 6), 1.0}
+    assert scales(model_with(small_models.llama(), ["down_proj"], True)) == {round((32 / 48) ** 0.5, 6), 1.0}
     assert scales(model_with(small_models.Perceptron(), ["first"], True)) == {round((16 / 24) ** 0.5, 6), 1.0}
     assert scales(model_with(small_models.Perceptron(), ["first"], 96.0)) == {2.0, round(6**0.5, 6)}
     assert scales(model_with(small_models.Perceptron(), ["first"], False)) == {1.0}

@@ -14,6 +14,7 @@ weight of a living `StiefelLinear` is left alone.
 
 import weakref
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,8 +26,30 @@ from torch.utils.hooks import RemovableHandle
 from .linear import StiefelLinear, live_stiefel_layers
 from .stiefel import RETRACTIONS, riemannian_gradient, to_tangent
 
-# What the pre-hook saw, for the post-hook of the same optimizer: layers and their weights before the step.
-_before: "weakref.WeakKeyDictionary[Optimizer, list[tuple[StiefelLinear, Tensor]]]" = weakref.WeakKeyDictionary()
+
+@dataclass
+class _Step:
+    """A step that has begun.
+
+    Attributes:
+        starts: each layer with its Y before the step.
+        gradients: the converted gradients, each with its version counter.
+        depth: how many calls of `step` are inside one another (an optimizer's step may call its parent class's).
+    """
+
+    starts: list[tuple[StiefelLinear, Tensor]]
+    gradients: list[tuple[Tensor, int]]
+    depth: int = 1
+
+    def is_running(self) -> bool:
+        """False for what a step that raised has left behind: since then there have been new gradients."""
+        return all(
+            layer.weight.grad is gradient and gradient._version == version
+            for (layer, _), (gradient, version) in zip(self.starts, self.gradients, strict=True)
+        )
+
+
+_steps: "weakref.WeakKeyDictionary[Optimizer, _Step]" = weakref.WeakKeyDictionary()
 _handles: list[RemovableHandle] = []
 
 
@@ -61,22 +84,36 @@ def retract(layer: StiefelLinear, before: Tensor) -> None:
 
 @torch.no_grad()
 def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    _before.pop(optimizer, None)  # of a step that raised
+    running = _steps.get(optimizer)
+    if running is not None and running.is_running():
+        running.depth += 1
+        return
+    _steps.pop(optimizer, None)  # of a step that raised
     layers = [layer for layer in stiefel_layers_of(optimizer) if layer.weight.requires_grad]
     if not layers:
         return
     # Before the look at gradients: there may be none yet, the closure makes them.
     _refuse_closure(optimizer, [*args[1:], *kwargs.values()])
-    layers = [layer for layer in layers if layer.weight.grad is not None]
-    for layer in layers:
+    stepped = [(layer, layer.weight.grad) for layer in layers if layer.weight.grad is not None]
+    for layer, _ in stepped:
         convert_gradient(layer)
-    _before[optimizer] = [(layer, layer.orthonormal.detach().clone()) for layer in layers]
+    if stepped:
+        _steps[optimizer] = _Step(
+            starts=[(layer, layer.orthonormal.detach().clone()) for layer, _ in stepped],
+            gradients=[(gradient, gradient._version) for _, gradient in stepped],
+        )
 
 
 @torch.no_grad()
 def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    for layer, before in _before.pop(optimizer, []):
-        retract(layer, before)
+    step = _steps.get(optimizer)
+    if step is None:
+        return
+    step.depth -= 1
+    if step.depth == 0:
+        del _steps[optimizer]
+        for layer, before in step.starts:
+            retract(layer, before)
 
 
 def _refuse_closure(optimizer: Optimizer, arguments: Iterable[Any]) -> None:
