@@ -14,11 +14,12 @@ LEVELS = {
     "manifold": 1,
     "adapters": 2,
     "tuner": 3,
-    "evaluate": 4,
-    "train": 5,
-    "demo": 6,
-    "cli": 7,
-    "__main__": 8,
+    "attach": 4,
+    "evaluate": 5,
+    "train": 6,
+    "demo": 7,
+    "cli": 8,
+    "__main__": 9,
 }
 LEAVES = {"recipe", "models", "data", "measure", "progress", "curves", "run_folder"}
 HELPERS = {"recorder": "train"}  # parts of a room that stand beside it
@@ -45,7 +46,9 @@ def our_imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             stem = node.module.split(".")
         elif isinstance(node, ast.Import):
-            rooms |= {(*alias.name.split("."), "__init__")[1] for alias in node.names if alias.name.startswith("beyondlora")}
+            rooms |= {
+                (*alias.name.split("."), "__init__")[1] for alias in node.names if alias.name.startswith("beyondlora")
+            }
             continue
         else:
             continue

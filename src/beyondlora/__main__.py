@@ -1,0 +1,5 @@
+"""`python -m beyondlora`, also under `accelerate launch -m beyondlora`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,213 @@
+"""The command line. Whatever needs torch is imported inside a command, so that --help answers at once.
+
+Exit codes: 0 done; 1 stopped (the loss became nan), or a bug, which shows its traceback; 2 the input cannot work;
+130 Ctrl-C. BEYONDLORA_TRACEBACK=1 shows the traceback of an input error too.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from . import __version__
+from .recipe import Recipe
+from .run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from .progress import Progress
+
+INTERRUPTED = 130
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+messages = Console(stderr=True)  # messages and progress; results alone go to stdout
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Change a key of the recipe; adapter.KEY=VALUE in the adapter block."
+    ),
+]
+
+
+def main() -> None:
+    """Run the command line; never returns."""
+    try:
+        app()
+    except KeyboardInterrupt:  # before a command has begun
+        sys.exit(INTERRUPTED)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"beyondlora {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def beyondlora(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Adapters beyond LoRA: train them, and find out honestly whether they helped."""
+
+
+@app.command()
+def train(
+    recipe: Annotated[
+        Path,
+        typer.Argument(help="A recipe (YAML); its keys are documented at beyondlora.recipe.Recipe.", metavar="RECIPE"),
+    ],
+    set_: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in output_dir where it stopped.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run in output_dir first.")] = False,
+) -> None:
+    """Fine-tune a model by a recipe, into the run folder output_dir."""
+    with _explained():
+        loaded = Recipe.load(recipe, set_ or ())
+        with _resumable(loaded):
+            from . import train as training
+
+            summary = training.train(loaded, resume=resume, overwrite=overwrite, progress=_progress())
+        _show(
+            f"{summary['peft_type']}, {summary['trainable_parameters']:,} trainable parameters, "
+            f"best step {summary['best_step']} of {summary['steps']}, {summary['seconds']:.0f} s",
+            summary["metrics"],
+        )
+        _say(f"Run folder: {loaded.output_dir}")
+
+
+@app.command()
+def evaluate(
+    target: Annotated[Path, typer.Argument(help="A run folder, or an adapter folder.", metavar="RUN_OR_ADAPTER")],
+    data: Annotated[
+        str | None, typer.Option(help="What to evaluate on. Default: the run's own evaluation rows.")
+    ] = None,
+    merged: Annotated[bool, typer.Option("--merged", help="Fold the adapter into the base weights first.")] = False,
+    recipe: Annotated[
+        Path | None, typer.Option(help="How to read the data, for an adapter that belongs to no run.")
+    ] = None,
+    set_: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Measure an adapter: loss, perplexity, accuracy, correlations, each with its standard error."""
+    with _explained():
+        source = recipe or RunFolder(target).recipe
+        if set_ and not source.exists():
+            raise ValueError(f"--set changes a recipe, and {target} holds none; name one with --recipe.")
+        loaded = Recipe.load(source, set_ or ()) if recipe or set_ else None
+        from . import evaluate as evaluation
+
+        progress = _progress()
+        with _bar(progress) as on_batch:
+            result = evaluation.evaluate(target, data=data, recipe=loaded, merged=merged, on_batch=on_batch)
+        if as_json:
+            typer.echo(json.dumps(result, indent=2))
+        else:
+            how = " (merged)" if merged else ""
+            _show(f"{result['adapter']}{how} on {result['data']}, {result['seconds']:.0f} s", result["metrics"])
+
+
+@app.command()
+def demo(
+    output: Annotated[
+        Path | None, typer.Option(help="Where the runs go. Default: runs/demo, or runs/demo-2, ...")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted demo in --output.")] = False,
+) -> None:
+    """Adapt the embedded model to Python source with five methods at equal size, and compare them; a few minutes."""
+    with _explained():
+        if resume and output is None:
+            raise ValueError("--resume goes on with the demo in a folder: name it with --output.")
+        from .demo import run
+
+        folder = output or run.free_folder(Path("runs/demo"))
+        try:
+            rows = run.demo(folder, resume=resume, progress=_progress())
+        except KeyboardInterrupt:
+            _say(f"The demo can be continued: beyondlora demo --output {folder} --resume")
+            raise
+        Console().print(run.table(rows))
+        typer.echo(run.caption(rows))
+        _say(f"Runs, curves.png and results.json: {folder}")
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Turn what went wrong into a sentence and an exit code."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        messages.print("Interrupted.")
+        raise typer.Exit(INTERRUPTED) from None
+    except FloatingPointError as error:
+        messages.print(f"[red]Stopped:[/red] {escape(str(error))}", soft_wrap=True, highlight=False)
+        raise typer.Exit(1) from None
+    except (ValueError, OSError) as error:
+        if os.environ.get("BEYONDLORA_TRACEBACK"):
+            raise
+        messages.print(f"[red]Error:[/red] {escape(str(error))}", soft_wrap=True, highlight=False)
+        raise typer.Exit(2) from None
+
+
+@contextmanager
+def _resumable(recipe: Recipe) -> Iterator[None]:
+    """Say on Ctrl-C from where --resume would go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        run = RunFolder(recipe.output_dir)
+        if run.recipe.exists():
+            checkpoint = run.newest_checkpoint()
+            place = f"from step {checkpoint.name.rpartition('-')[2]}" if checkpoint else "from the start"
+            _say(f"The run in {run.path} can be continued {place}: the same command with --resume.")
+        raise
+
+
+@contextmanager
+def _bar(progress: "Progress") -> Iterator[Any]:
+    """A bar that is begun by the first batch, when the number of rows is known."""
+    begun = False
+
+    def on_batch(done: int, rows: int) -> None:
+        nonlocal begun
+        if not begun:
+            progress.begin("evaluating", rows)
+            begun = True
+        progress.advance(done)
+
+    try:
+        yield on_batch
+    finally:
+        progress.end()
+
+
+def _say(message: str) -> None:
+    messages.print(escape(message), soft_wrap=True, highlight=False)
+
+
+def _progress() -> "Progress":
+    from .progress import progress_on
+
+    return progress_on(messages)
+
+
+def _show(title: str, metrics: dict[str, Any]) -> None:
+    """Print one table of figures, standard errors and the number of rows behind them."""
+    table = Table()
+    for heading in ("metric", "value", "standard error", "n"):
+        table.add_column(heading, justify="left" if heading == "metric" else "right")
+    for name, score in metrics.items():
+        stderr = "" if score["stderr"] is None else f"± {score['stderr']:.4f}"
+        value = f"{score['value']:,.0f}" if name == "tokens" else f"{score['value']:.4f}"
+        table.add_row(name, value, stderr, f"{score['n']:,}")
+    console = Console()
+    console.print(title, markup=False, highlight=False)
+    console.print(table)

@@ -1,0 +1,330 @@
+"""Stage 2: checked rows to model-ready ones: tokens, packing, prompt masking, pixels; batches and fingerprints."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import torch
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
+
+from .fields import DataRecipe, is_packed, text_fields
+from .labels import with_labels
+from .rows import arrow_column
+from .splits import RawSplits, read_checked, read_splits, sample
+
+NOT_SCORED = -100  # the label that torch's cross entropy and transformers leave out
+DEFAULT_MAX_LENGTH = 512
+_BATCH = 1000
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Model-ready rows to train on and to evaluate on."""
+
+    train: datasets.Dataset
+    evaluation: datasets.Dataset | None
+    collator: Callable[[list[Any]], dict[str, Any]]
+    label_names: list[str] | None
+    description: str  # one line for people
+    fingerprint: str  # sha256 over all prepared rows; the same on every machine
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Model-ready rows to evaluate on."""
+
+    rows: datasets.Dataset
+    collator: Callable[[list[Any]], dict[str, Any]]
+    description: str
+    fingerprint: str
+
+
+def prepare(
+    raw: RawSplits, processor: Any, recipe: DataRecipe, *, extra_inputs: Mapping[str, bool] | None = None
+) -> Splits:
+    """Tokenise (or set up the transform of images). Pass `remove_unused_columns=False` to a Trainer.
+
+    Args:
+        raw: from `read_splits`.
+        processor: from models.load_processor.
+        extra_inputs: from models.extra_inputs; put into every batch.
+    Raises: ValueError, where no row is left.
+    """
+    train = _prepare_rows(raw.train, processor, recipe, recipe.max_train_samples, "training rows")
+    evaluation = raw.evaluation and _prepare_rows(
+        raw.evaluation, processor, recipe, recipe.max_eval_samples, "evaluation rows"
+    )
+    parts = [("train", train), *([("evaluation", evaluation)] if evaluation else [])]
+    return Splits(
+        train=train.rows,
+        evaluation=evaluation.rows if evaluation else None,
+        collator=_collator(recipe, processor, extra_inputs),
+        label_names=raw.label_names,
+        description="; ".join(f"{name}: {part.description}" for name, part in parts)
+        + ("" if evaluation else "; no evaluation"),
+        fingerprint=_sha256(part.digest for _, part in parts),
+    )
+
+
+def prepare_evaluation(
+    recipe: DataRecipe,
+    processor: Any,
+    name: str | None = None,
+    *,
+    label_names: Sequence[str] | None = None,
+    extra_inputs: Mapping[str, bool] | None = None,
+) -> Evaluation:
+    """Rows to evaluate on.
+
+    Args:
+        name: a file, folder or hub name; None = the recipe's own evaluation rows.
+        label_names: the classes the model knows; None = those of the recipe's training rows, which are then read.
+    Raises: FileNotFoundError, ValueError.
+    """
+    if name is None:
+        rows = read_splits(recipe).evaluation
+        if rows is None:
+            raise ValueError("the recipe holds out no evaluation rows (eval_fraction: 0); name a file: --data FILE")
+    else:
+        if label_names is None and recipe.task.endswith("-classification"):
+            label_names = read_splits(recipe).label_names
+        rows = read_checked(recipe, name, recipe.dataset_test_split or "test")
+        rows = with_labels(rows, recipe, label_names, name)
+        rows = rows if is_packed(recipe) else sample(rows, recipe.max_eval_samples, recipe.split_seed)
+    part = _prepare_rows(rows, processor, recipe, recipe.max_eval_samples, name or "evaluation rows")
+    return Evaluation(part.rows, _collator(recipe, processor, extra_inputs), part.description, _sha256([part.digest]))
+
+
+@dataclass(frozen=True)
+class _Part:
+    rows: datasets.Dataset
+    description: str
+    digest: bytes
+
+
+@dataclass
+class _Lists:
+    """A column of lists of whole numbers, 4 bytes each while it grows."""
+
+    values: array[int] = field(default_factory=lambda: array("i"))
+    ends: array[int] = field(default_factory=lambda: array("q", [0]))
+
+    def append(self, numbers: Iterable[int]) -> None:
+        self.values.extend(numbers)
+        self.ends.append(len(self.values))
+
+    def to_arrow(self) -> pa.Array:
+        return pa.LargeListArray.from_arrays(pa.array(self.ends, pa.int64()), pa.array(self.values, pa.int32()))
+
+
+def _prepare_rows(
+    rows: datasets.Dataset, processor: Any, recipe: DataRecipe, max_samples: int | None, where: str
+) -> _Part:
+    if recipe.task == "image-classification":
+        return _prepare_images(rows, processor, recipe)
+    length = _max_length(recipe, processor)
+    if recipe.task != "causal-lm":
+        return _prepare_sequences(rows, processor, recipe, length)
+    if recipe.prompt_field is None:
+        return _prepare_text(rows, processor, recipe, length, max_samples, where)
+    return _prepare_pairs(rows, processor, recipe, length, where)
+
+
+def _max_length(recipe: DataRecipe, tokenizer: Any) -> int:
+    allowed = tokenizer.model_max_length  # a huge number where the tokenizer does not know
+    if recipe.max_length is None:
+        return min(DEFAULT_MAX_LENGTH, allowed)
+    if recipe.max_length > allowed:
+        raise ValueError(f"max_length={recipe.max_length} is more than the {allowed} tokens that the tokenizer allows")
+    return recipe.max_length
+
+
+def _batches(rows: datasets.Dataset) -> Iterator[dict[str, list[Any]]]:
+    for start in range(0, len(rows), _BATCH):
+        yield rows[start : start + _BATCH]
+
+
+def _ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    # verbose=False: longer than the model allows is fine here, it is cut below.
+    return (
+        tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        if texts
+        else []
+    )
+
+
+def _head(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts in front of a text."""
+    alone, whole = _ids(tokenizer, ["a"])[0], tokenizer("a")["input_ids"]
+    starts = [i for i in range(len(whole)) if whole[i : i + len(alone)] == alone]
+    return whole[: starts[0]] if starts else []
+
+
+def _prepare_text(
+    rows: datasets.Dataset, tokenizer: Any, recipe: DataRecipe, length: int, max_blocks: int | None, where: str
+) -> _Part:
+    head = _head(tokenizer)
+    context = max(len(head), 1)
+    if length <= context:
+        raise ValueError(f"max_length={length} leaves no room behind the {context} tokens that a block begins with")
+    stream = _token_stream(
+        rows, tokenizer, recipe.dataset_text_field, None if max_blocks is None else 1 + max_blocks * length
+    )
+    ids, labels = _Lists(), _Lists()
+    # Without a head the first block begins with the first token, which nothing predicts.
+    for start in range(0 if head else 1, len(stream), length - context):
+        if max_blocks is not None and len(ids.ends) > max_blocks:
+            break
+        scored = stream[start : start + length - context]
+        ids.append([*(head or stream[start - 1 : start]), *scored])
+        labels.append([*[NOT_SCORED] * context, *scored])
+    return _causal_part(ids, labels, "blocks", where, "")
+
+
+def _token_stream(rows: datasets.Dataset, tokenizer: Any, name: str, enough: int | None) -> array[int]:
+    stream: array[int] = array("i")
+    end = [] if len(rows) == 1 or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    for batch in _batches(rows):
+        for row in _ids(tokenizer, [text for text in batch[name] if text.strip()]):
+            stream.extend([*row, *end])
+        if enough is not None and len(stream) >= enough:
+            break
+    return stream
+
+
+def _prepare_pairs(rows: datasets.Dataset, tokenizer: Any, recipe: DataRecipe, length: int, where: str) -> _Part:
+    head, end = _head(tokenizer), [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    ids, labels = _Lists(), _Lists()
+    prompt_field, completion_field = text_fields(recipe)
+    cut = dropped = 0
+    for batch in _batches(rows):
+        prompts = [prompt + recipe.completion_separator for prompt in batch[prompt_field]]
+        for prompt, completion in _tokenize_pairs(tokenizer, prompts, batch[completion_field]):
+            row = [*head, *prompt, *completion, *end]
+            context = max(len(head) + len(prompt), 1)  # nothing predicts a first token
+            if min(len(row), length) <= context:
+                dropped += 1
+                continue
+            cut += len(row) > length
+            ids.append(row[:length])
+            labels.append([*[NOT_SCORED] * context, *row[context:length]])
+    note = f", {cut:,} rows cut at {length} tokens" if cut else ""
+    note += f", {dropped:,} rows dropped: no token of the completion within {length} tokens" if dropped else ""
+    return _causal_part(ids, labels, "rows", where, note)
+
+
+def _tokenize_pairs(
+    tokenizer: Any, prompts: list[str], completions: list[str]
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Token ids of prompt and completion: the prompt's as they are at inference, the completion's as they follow it."""
+    joint = _ids(tokenizer, [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)])
+    for prompt, whole, completion in zip(_ids(tokenizer, prompts), joint, completions, strict=True):
+        if whole[: len(prompt)] == prompt:
+            yield prompt, whole[len(prompt) :]
+        else:  # a token straddles the border ("x " + "y" may be "x", " y"): the model will not see it so at inference
+            yield prompt, _ids(tokenizer, [completion])[0]
+
+
+def _causal_part(ids: _Lists, labels: _Lists, unit: str, where: str, note: str) -> _Part:
+    rows = len(ids.ends) - 1
+    if rows == 0:
+        raise ValueError(
+            f"{where}: no row with a token to predict is left{note}; give a larger max_length or longer texts"
+        )
+    mask = pa.LargeListArray.from_arrays(pa.array(ids.ends, pa.int64()), pa.array(np.ones(len(ids.values), np.int8)))
+    table = pa.table({"input_ids": ids.to_arrow(), "attention_mask": mask, "labels": labels.to_arrow()})
+    scored = len(labels.values) - labels.values.count(NOT_SCORED)
+    return _Part(
+        datasets.Dataset(table), f"{rows:,} {unit}, {len(ids.values):,} tokens, {scored:,} scored{note}", _digest(table)
+    )
+
+
+def _prepare_sequences(rows: datasets.Dataset, tokenizer: Any, recipe: DataRecipe, length: int) -> _Part:
+    columns: dict[str, _Lists] = {}
+    cut = 0
+    for batch in _batches(rows):
+        texts = [batch[name] for name in text_fields(recipe)]
+        cut += sum(len(row) > length for row in tokenizer(*texts, verbose=False)["input_ids"])
+        for name, lists in tokenizer(*texts, truncation=True, max_length=length).items():
+            column = columns.setdefault(name, _Lists())
+            for numbers in lists:
+                column.append(numbers)
+    table = pa.table(
+        {
+            **{name: column.to_arrow() for name, column in columns.items()},
+            "labels": rows.with_format("arrow")[:]["labels"],
+        }
+    )
+    note = f", {cut:,} cut at {length} tokens" if cut else ""
+    return _Part(
+        datasets.Dataset(table),
+        f"{len(rows):,} rows, {len(columns['input_ids'].values):,} tokens{note}",
+        _digest(table),
+    )
+
+
+def _prepare_images(rows: datasets.Dataset, processor: Any, recipe: DataRecipe) -> _Part:
+    size = ", ".join(f"{key} {value}" for key, value in dict(processor.size).items() if value is not None)
+    digest = hashlib.sha256(json.dumps(processor.to_dict(), sort_keys=True, default=str).encode())
+    for image, label in zip(arrow_column(rows, recipe.image_field), arrow_column(rows, "labels"), strict=True):
+        content = image.as_py()
+        raw = content["bytes"] if content["bytes"] is not None else Path(content["path"]).read_bytes()
+        digest.update(hashlib.sha256(raw).digest() + label.as_py().to_bytes(8, "little"))
+    transformed = rows.with_transform(_ImageTransform(processor, recipe.image_field))
+    return _Part(transformed, f"{len(rows):,} images ({size} pixels)", digest.digest())
+
+
+@dataclass(frozen=True)
+class _ImageTransform:
+    processor: Any
+    image_field: str
+
+    def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        pixels = self.processor(batch[self.image_field], return_tensors="pt")
+        return {"pixel_values": list(pixels["pixel_values"]), "labels": batch["labels"]}
+
+
+def _collator(
+    recipe: DataRecipe, processor: Any, extra: Mapping[str, bool] | None
+) -> Callable[[list[Any]], dict[str, Any]]:
+    if recipe.task == "image-classification":
+        return _ImageCollator(dict(extra or {}))
+    if recipe.task == "causal-lm":
+        return DataCollatorForSeq2Seq(processor, label_pad_token_id=NOT_SCORED)
+    return DataCollatorWithPadding(processor)
+
+
+@dataclass(frozen=True)
+class _ImageCollator:
+    extra: dict[str, bool]
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        pixels = torch.stack([row["pixel_values"] for row in rows])
+        return {"pixel_values": pixels, "labels": torch.tensor([row["labels"] for row in rows]), **self.extra}
+
+
+def _digest(table: pa.Table) -> bytes:
+    """sha256 over names, values and lengths; not over Arrow's own bytes, which depend on chunks."""
+    digest = hashlib.sha256()
+    for name in table.column_names:
+        column = table.column(name).combine_chunks()
+        digest.update(name.encode())
+        if pa.types.is_large_list(column.type):
+            digest.update(np.diff(column.offsets.to_numpy()).astype("<i8").tobytes())
+            column = column.flatten()
+        values = column.to_numpy(zero_copy_only=False)
+        digest.update(values.astype("<f4" if values.dtype.kind == "f" else "<i8").tobytes())
+    return digest.digest()
+
+
+def _sha256(digests: Iterable[bytes]) -> str:
+    return hashlib.sha256(b"".join(digests)).hexdigest()

@@ -1,0 +1,252 @@
+"""Base models and what prepares their input, from a folder, the hub, a Python package or this one.
+
+>>> processor = load_processor("demo", task="causal-lm")
+>>> model = load_base("demo", task="causal-lm")
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.resources
+import importlib.util
+import inspect
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BaseImageProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+_AUTO_CLASSES: dict[str, Any] = {
+    "causal-lm": AutoModelForCausalLM,
+    "sequence-classification": AutoModelForSequenceClassification,
+    "sequence-regression": AutoModelForSequenceClassification,
+    "image-classification": AutoModelForImageClassification,
+}
+_CONFIG_CLASS = re.compile(r"configuration class <class '(?:\w+\.)*(\w+)'>")
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def demo_base() -> Path:
+    """The folder of the small pretrained model that this package carries."""
+    return Path(str(importlib.resources.files("beyondlora") / "demo" / "base"))
+
+
+def resolve_name(name_or_path: str) -> str:
+    """What `from_pretrained` should be given: "demo" and "package:NAME/FOLDER" become folders, other names stay.
+
+    Raises: FileNotFoundError for a folder or package that is not there, ValueError for a folder that holds no model.
+    """
+    if name_or_path == "demo":
+        folder = demo_base()
+    elif name_or_path.startswith("package:"):
+        folder = _package_folder(name_or_path)
+    else:
+        folder = Path(name_or_path).expanduser()
+    if folder.is_dir():
+        _check_folder(folder, name_or_path)
+        return str(folder)
+    if folder.exists():
+        raise ValueError(f"model_name_or_path={name_or_path!r} is a file; give the folder that holds its config.json")
+    if name_or_path == "demo" or name_or_path.startswith(("package:", ".", "/", "~")) or name_or_path.count("/") > 1:
+        start = "" if folder.is_absolute() else f"; relative paths start from {Path.cwd()}"
+        raise FileNotFoundError(f"model_name_or_path={name_or_path!r}: there is no folder {folder}{start}")
+    return name_or_path
+
+
+def load_base(
+    name_or_path: str,
+    *,
+    task: str,
+    num_labels: int | None = None,
+    label_names: Sequence[str] | None = None,
+    dtype: str = "float32",
+    pad_token_id: int | None = None,
+) -> PreTrainedModel:
+    """The pretrained model for a task, with a new head where the task needs another one than the folder has.
+
+    The head's initialisation draws from torch's global generator: seed it first. Every other weight must come from the
+    folder and fit; nothing is filled in silently.
+
+    Args:
+        name_or_path: see `resolve_name`.
+        task: one of recipe.TASKS.
+        num_labels: classes of a classification task; taken from label_names where those are given.
+        label_names: their names, in the order of their numbers.
+        dtype: "float32" or "bfloat16", of the weights.
+        pad_token_id: the processor's; a decoder that classifies sequences needs it to find their ends.
+    Raises: FileNotFoundError, ValueError.
+    """
+    options = {"dtype": _DTYPES[dtype], **_head_options(task, num_labels, label_names)}
+    with _quiet(), _explained(name_or_path, f"a model for {task}"):
+        model, report = _AUTO_CLASSES[task].from_pretrained(
+            resolve_name(name_or_path), output_loading_info=True, ignore_mismatched_sizes=task != "causal-lm", **options
+        )
+    body = "" if task == "causal-lm" else f"{model.base_model_prefix}."
+    _check_weights(name_or_path, body, report)
+    if pad_token_id is not None and getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = pad_token_id
+    return model
+
+
+def load_processor(
+    name_or_path: str, *, task: str, image_size: int | None = None
+) -> PreTrainedTokenizerBase | BaseImageProcessor:
+    """The tokenizer, or for images the image processor, that belongs to a model.
+
+    A tokenizer pads on the right and always has a pad token (its end token where it has none of its own). An image
+    processor works with Pillow, with or without torchvision installed, so that two machines prepare the same pixels.
+
+    Args:
+        image_size: side in pixels to resize images to; None = the model's own.
+    Raises: FileNotFoundError, ValueError.
+    """
+    if task == "image-classification":
+        return _load_image_processor(name_or_path, image_size)
+    with _quiet(), _explained(name_or_path, "a tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(resolve_name(name_or_path))
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token is None:
+        raise ValueError(f"the tokenizer of {name_or_path!r} has no pad, end or unknown token to pad rows with")
+    return tokenizer
+
+
+def extra_inputs(name_or_path: str, *, task: str, image_size: int | None = None) -> dict[str, bool]:
+    """What the model's forward needs to be told besides the batch.
+
+    A vision transformer that gets images of another size than it was trained on must be told to interpolate its
+    position embeddings; a convolutional network takes any size.
+    """
+    if task != "image-classification" or image_size is None:
+        return {}
+    with _quiet(), _explained(name_or_path, "a config"):
+        config = AutoConfig.from_pretrained(resolve_name(name_or_path))
+    if image_size == getattr(config, "image_size", None):
+        return {}
+    model_class: Any = AutoModelForImageClassification._model_mapping.get(type(config), None)
+    takes_it = (
+        model_class is not None and "interpolate_pos_encoding" in inspect.signature(model_class.forward).parameters
+    )
+    return {"interpolate_pos_encoding": True} if takes_it else {}
+
+
+# --------------------------------------------------------------------------------------------------------------- names
+
+
+def _package_folder(name: str) -> Path:
+    package, _, inner = name.removeprefix("package:").partition("/")
+    # find_spec on a dotted name would import the parents; a top-level name is only looked up.
+    if not package.isidentifier() or importlib.util.find_spec(package) is None:
+        raise FileNotFoundError(f"model_name_or_path={name!r}: the Python package {package!r} is not installed here")
+    return Path(str(importlib.resources.files(package).joinpath(*inner.split("/"))))
+
+
+def _check_folder(folder: Path, name: str) -> None:
+    if (folder / "config.json").is_file():
+        return
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"model_name_or_path={name!r} holds an adapter, not a base model; name the model that it was trained on "
+            "(base_model_name_or_path in its adapter_config.json)"
+        )
+    holds = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
+    raise ValueError(
+        f"model_name_or_path={name!r} holds no config.json, so it is no transformers model; it holds {holds}"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- loading
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and no wall of warnings about the new head, which is new on purpose."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _explained(name: str, wanted: str) -> Iterator[None]:
+    """Say which name failed, why, and what to do, instead of showing a library's traceback."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        if str(error).startswith("model_name_or_path="):
+            raise
+        raise ValueError(f"model_name_or_path={name!r}: cannot load {wanted}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    text = str(error)
+    lowered = text.lower()
+    if "gated" in lowered or "401" in lowered or "403" in lowered:
+        return "it is gated or private; accept its terms on its hub page and run `hf auth login`"
+    if "couldn't connect" in lowered:
+        return "there is no local folder of that name, and the hub cannot be reached; check the name and the network"
+    if "not a valid model identifier" in lowered:
+        return "there is no local folder and no public hub model of that name; check the spelling"
+    if isinstance(error, SafetensorError):
+        return f"its weights are damaged or cut short ({text}); fetch or copy them again"
+    if match := _CONFIG_CLASS.search(text):
+        return f"transformers knows no such form of this architecture ({match[1]})"
+    first_lines = " ".join(text.split())
+    return first_lines if len(first_lines) <= 300 else first_lines[:300] + " ..."
+
+
+def _head_options(task: str, num_labels: int | None, label_names: Sequence[str] | None) -> dict[str, Any]:
+    if task == "causal-lm":
+        return {}
+    if task == "sequence-regression":
+        return {"num_labels": 1, "problem_type": "regression"}
+    if label_names is None:
+        if num_labels is None:
+            raise ValueError(f"task={task!r} needs num_labels or label_names to size the classifier")
+        label_names = [str(i) for i in range(num_labels)]
+    options: dict[str, Any] = {"problem_type": "single_label_classification"}
+    options["id2label"] = dict(enumerate(label_names))
+    options["label2id"] = {label: i for i, label in enumerate(label_names)}
+    return options
+
+
+def _check_weights(name: str, body: str, report: dict[str, Any]) -> None:
+    """Only a task head, outside `body`, may be new: a body weight that is missing or misfits would be noise."""
+    not_loaded = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
+    # Some encoders are published without their pooler, which counts as a part of the head.
+    noise = sorted(key for key in not_loaded if key.startswith(body) and "pooler" not in key)
+    if noise:
+        raise ValueError(
+            f"model_name_or_path={name!r}: {len(noise)} weights are missing or have another shape than its config says "
+            f"({', '.join(noise[:3])}{', ...' if len(noise) > 3 else ''}); a damaged folder, or no model of this kind"
+        )
+
+
+def _load_image_processor(name_or_path: str, image_size: int | None) -> BaseImageProcessor:
+    if importlib.util.find_spec("PIL") is None:
+        raise ValueError("image tasks need Pillow, which is not installed: pip install 'beyondlora[images]'")
+    options = {} if image_size is None else {"size": {"height": image_size, "width": image_size}}
+    with _quiet(), _explained(name_or_path, "an image processor"):
+        return AutoImageProcessor.from_pretrained(resolve_name(name_or_path), backend="pil", **options)

@@ -1,0 +1,441 @@
+"""A recipe: everything one run needs, in one YAML file.
+
+>>> recipe = Recipe.load("configs/shakespeare-lora.yaml", overrides=["learning_rate=1e-3", "adapter.r=4"])
+>>> recipe.replace(seed=1).save("again.yaml")
+
+Field names are TRL's and transformers' wherever those have one; the `adapter:` block is an unmodified
+adapter_config.json. Whatever can be checked without the data or the model is checked when a Recipe is made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import os
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+TASKS = ("causal-lm", "sequence-classification", "sequence-regression", "image-classification")
+
+
+@dataclass(kw_only=True)
+class Recipe:
+    """One run. Relative paths mean relative to the current directory.
+
+    What:
+        task: "causal-lm", "sequence-classification", "sequence-regression" or "image-classification".
+        model_name_or_path: a local folder, a hub name, "demo" (the small model inside this package), or
+            "package:NAME/FOLDER" (a folder inside an installed Python package).
+        adapter: the keys of an adapter_config.json; `peft_type` is required, every type PEFT knows is allowed.
+        output_dir: the run folder.
+
+    Data:
+        dataset_name: a local file (json, jsonl, csv, tsv, txt, each also .gz; parquet), a local folder that holds one
+            file a split (train.jsonl, test.jsonl), or a `datasets` hub name. A tsv is read without quoting, as GLUE
+            writes it.
+        dataset_config: the configuration of a hub data set.
+        dataset_train_split: the split to train on, where dataset_name has splits (hub, folder).
+        dataset_test_split: the split to evaluate on, there too; None holds out eval_fraction of the training rows.
+        eval_dataset_name: a second file, folder or hub name to evaluate on; goes before dataset_test_split.
+        eval_fraction: fraction in [0, 1) of the training rows held out where no evaluation data is named; 0 = no
+            evaluation. Rows are drawn by split_seed; of a single text, the last part (whole lines) is taken, so that
+            nothing leaks.
+        split_seed: draws the held-out rows and the samples below. Not `seed`, so that repeated seeds see the same rows.
+        max_train_samples, max_eval_samples: use at most so many rows, drawn by split_seed; of packed text, the first
+            so many blocks.
+        columns: the names of the columns of a csv or tsv without a header line.
+        dataset_text_field: causal-lm on plain text: the field with the text (a .txt file has only its text).
+        prompt_field, completion_field: causal-lm on pairs: both together; the loss counts the completion and its end
+            token only.
+        completion_separator: text put between prompt and completion; belongs to the prompt.
+        sentence1_field, sentence2_field: the one or two texts of a sequence task.
+        label_field: the class (a whole number or a name) or, for sequence-regression, a number.
+        image_field: the image: encoded bytes as the Image feature of `datasets` stores them, or a path.
+        max_length: tokens a row or a block of packed text; None = 512 or what the tokenizer allows, if that is less.
+        image_size: side in pixels that images are resized to; None = the model's own. A vision transformer interpolates
+            its position embeddings.
+
+    Training (transformers' names and meanings; the defaults, too, except learning_rate and the three intervals):
+        learning_rate: the peak; > 0.
+        per_device_train_batch_size, per_device_eval_batch_size: rows a device a step.
+        num_train_epochs: passes over the training rows; may be a fraction. Not used where max_steps is positive.
+        max_steps: optimizer steps; -1 = by num_train_epochs.
+        gradient_accumulation_steps: batches an optimizer step.
+        gradient_checkpointing: recompute activations in the backward pass, to save memory.
+        lr_scheduler_type: "linear", "cosine", "constant", "constant_with_warmup", ...
+        warmup_steps, warmup_ratio: length of the warm-up, in optimizer steps or as a fraction of them; give one.
+        weight_decay: decoupled weight decay of AdamW, >= 0.
+        max_grad_norm: gradients are clipped to this norm; 0 = no clipping.
+        optim: transformers' name of the optimizer.
+        dtype: "float32" or "bfloat16", of the base model's weights.
+        bf16: compute in bfloat16 (autocast) whatever the weights are stored in.
+        seed: initialisation, data order, dropout.
+        logging_steps, eval_steps, save_steps: optimizer steps between lines of metrics, evaluations, checkpoints.
+        dataloader_num_workers: worker processes that prepare batches; 0 = the training process itself.
+    """
+
+    task: str
+    model_name_or_path: str
+    adapter: dict[str, Any]
+    output_dir: str
+
+    dataset_name: str
+    dataset_config: str | None = None
+    dataset_train_split: str = "train"
+    dataset_test_split: str | None = None
+    eval_dataset_name: str | None = None
+    eval_fraction: float = 0.1
+    split_seed: int = 0
+    max_train_samples: int | None = None
+    max_eval_samples: int | None = None
+    columns: list[str] | None = None
+    dataset_text_field: str = "text"
+    prompt_field: str | None = None
+    completion_field: str | None = None
+    completion_separator: str = ""
+    sentence1_field: str = "sentence1"
+    sentence2_field: str | None = None
+    label_field: str = "label"
+    image_field: str = "image"
+    max_length: int | None = None
+    image_size: int | None = None
+
+    learning_rate: float = 3e-4
+    per_device_train_batch_size: int = 8
+    per_device_eval_batch_size: int = 8
+    num_train_epochs: float = 3.0
+    max_steps: int = -1
+    gradient_accumulation_steps: int = 1
+    gradient_checkpointing: bool = False
+    lr_scheduler_type: str = "linear"
+    warmup_steps: int = 0
+    warmup_ratio: float = 0.0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    optim: str = "adamw_torch_fused"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    bf16: bool = False
+    seed: int = 42
+    logging_steps: int = 10
+    eval_steps: int = 100
+    save_steps: int = 100
+    dataloader_num_workers: int = 0
+
+    def __post_init__(self) -> None:
+        for name, annotation in _annotations().items():
+            setattr(self, name, _coerce(name, getattr(self, name), annotation))
+        _check_values(self)
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+        """Read a YAML file, change what `overrides` says, expand `${NAME}` and `${NAME:-default}`, check.
+
+        Args:
+            path: the file.
+            overrides: `key=value`, the value in YAML; `adapter.key=value` changes one key of the adapter block and
+                `adapter={peft_type: LORA, r: 8}` replaces the block.
+        Raises: FileNotFoundError, ValueError.
+        """
+        path = Path(path)
+        values = _read_yaml(path)
+        for override in overrides:
+            _apply_override(values, override)
+        try:
+            return cls.from_mapping(_expand(values, key=""))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> Recipe:
+        """A recipe from a mapping of its fields. Raises: ValueError for unknown, missing and wrong ones."""
+        _check_keys(values)
+        return cls(**values)
+
+    def to_yaml(self) -> str:
+        """Every field, in the order of the class, with environment variables already expanded."""
+        return yaml.dump(dataclasses.asdict(self), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+    def save(self, path: str | Path) -> None:
+        """Write `to_yaml()` to `path`; a reader sees the old file or the whole new one."""
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            temporary.write_text(self.to_yaml(), encoding="utf-8")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def replace(self, **changes: Any) -> Recipe:
+        """A copy with some fields changed, checked again."""
+        return Recipe.from_mapping({**_as_mapping(self), **changes})
+
+    def differences(self, other: Recipe) -> dict[str, tuple[Any, Any]]:
+        """The fields in which two recipes differ: name -> (mine, the other's)."""
+        mine, theirs = _as_mapping(self), _as_mapping(other)
+        return {name: (mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]}
+
+
+def _as_mapping(recipe: Recipe) -> dict[str, Any]:
+    return {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
+
+
+# -------------------------------------------------------------------------------------------------------------- checks
+
+
+def _annotations() -> dict[str, Any]:
+    return typing.get_type_hints(Recipe)
+
+
+def _check_keys(values: Mapping[str, Any]) -> None:
+    known = [field.name for field in dataclasses.fields(Recipe)]
+    for key in values:
+        if key not in known:
+            raise ValueError(f"{key!r} is not a key of a recipe; {_nearest(str(key), known)}")
+    required = [field.name for field in dataclasses.fields(Recipe) if field.default is dataclasses.MISSING]
+    missing = [name for name in required if name not in values]
+    if missing:
+        raise ValueError(f"these required keys are missing: {', '.join(missing)}")
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}"
+
+
+def _check_values(recipe: Recipe) -> None:
+    _check_ranges(recipe)
+    if recipe.task not in TASKS:
+        raise ValueError(f"task={recipe.task!r} is unknown; {_nearest(recipe.task, TASKS)} (known: {', '.join(TASKS)})")
+    peft_type = recipe.adapter.get("peft_type")
+    if not isinstance(peft_type, str) or not peft_type:
+        raise ValueError(
+            f"adapter={recipe.adapter!r} names no method; give it a peft_type, "
+            "for example adapter: {peft_type: LORA, r: 8, target_modules: all-linear}"
+        )
+    if (recipe.prompt_field is None) != (recipe.completion_field is None):
+        raise ValueError("prompt_field and completion_field belong together: give both, or neither for plain text")
+    if recipe.warmup_steps and recipe.warmup_ratio:
+        raise ValueError("warmup_steps and warmup_ratio say the same thing in two units; give one of them")
+    if recipe.columns is not None and len(set(recipe.columns)) != len(recipe.columns):
+        raise ValueError(f"columns={recipe.columns!r} holds a name twice; the fields of a row need distinct names")
+    for name in ("model_name_or_path", "dataset_name", "output_dir"):
+        if not getattr(recipe, name).strip():
+            raise ValueError(f"{name} is empty")
+
+
+_RANGES: dict[str, tuple[str, typing.Callable[[Any], bool]]] = {
+    "greater than 0": (
+        "learning_rate num_train_epochs per_device_train_batch_size per_device_eval_batch_size "
+        "gradient_accumulation_steps logging_steps eval_steps save_steps max_train_samples max_eval_samples image_size",
+        lambda value: value > 0,
+    ),
+    "at least 0": (
+        "warmup_steps weight_decay max_grad_norm dataloader_num_workers seed split_seed",
+        lambda value: value >= 0,
+    ),
+    "at least 2 tokens": ("max_length", lambda value: value >= 2),
+    "at least 0 and less than 1": ("eval_fraction warmup_ratio", lambda value: 0 <= value < 1),
+    "greater than 0, or -1 to train for num_train_epochs": ("max_steps", lambda value: value > 0 or value == -1),
+    "below 2**32": ("seed split_seed", lambda value: value < 2**32),
+}
+
+
+def _check_ranges(recipe: Recipe) -> None:
+    for wanted, (names, holds) in _RANGES.items():
+        for name in names.split():
+            value = getattr(recipe, name)
+            if value is not None and not holds(value):
+                raise ValueError(f"{name}={value!r} cannot work; it must be {wanted}")
+
+
+# --------------------------------------------------------------------------------------------------------------- types
+
+
+def _coerce(key: str, value: Any, annotation: Any) -> Any:
+    """`value` as the type of a field, or an error that says what was expected."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else _coerce(key, value, arguments[0])
+    if origin is Literal:
+        if value not in arguments:
+            raise ValueError(
+                f"{key}={value!r} is unknown; {_nearest(str(value), arguments)} (known: {', '.join(arguments)})"
+            )
+        return value
+    if origin is list:
+        if not isinstance(value, list):
+            raise _wrong_type(key, value, "a list")
+        return [_coerce(f"{key}[{i}]", entry, arguments[0]) for i, entry in enumerate(value)]
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise _wrong_type(key, value, "a mapping such as {peft_type: LORA, r: 8}")
+        return dict(value)
+    return _SCALARS[annotation](key, value)
+
+
+def _to_str(key: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise _wrong_type(key, value, "text (put it in quotes)")
+    return value
+
+
+def _to_bool(key: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise _wrong_type(key, value, "true or false")
+    return value
+
+
+def _to_int(key: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise _wrong_type(key, value, "a whole number, written without a point or exponent")
+    return value
+
+
+def _to_float(key: str, value: Any) -> float:
+    if isinstance(value, str) and _FLOAT.fullmatch(value):
+        value = float(value)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise _wrong_type(key, value, "a finite number")
+    return float(value)
+
+
+_SCALARS: dict[Any, typing.Callable[[str, Any], Any]] = {str: _to_str, bool: _to_bool, int: _to_int, float: _to_float}
+
+
+def _wrong_type(key: str, value: Any, expected: str) -> ValueError:
+    return ValueError(f"{key}={value!r} is {'nothing' if value is None else type(value).__name__}; expected {expected}")
+
+
+# ---------------------------------------------------------------------------------------------------------------- YAML
+# PyYAML reads YAML 1.1, where `1e-3` is text, `yes` is true, `010` is 8 and `1:30` is 90. These two classes know the
+# scalars of YAML 1.2's core schema instead, so that a recipe means what it looks like.
+
+_FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?")
+_SCHEMA = (
+    ("tag:yaml.org,2002:null", re.compile(r"(?:~|null|Null|NULL|)$"), "~nN\0"),
+    ("tag:yaml.org,2002:bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"), "tTfF"),
+    ("tag:yaml.org,2002:int", re.compile(r"[-+]?[0-9]+$"), "-+0123456789"),
+    (
+        "tag:yaml.org,2002:float",
+        re.compile(_FLOAT.pattern + r"$|[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$"),
+        "-+.0123456789",
+    ),
+)
+_RESOLVERS: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+for _tag, _pattern, _first_characters in _SCHEMA:
+    for _character in _first_characters:
+        _RESOLVERS.setdefault(_character.replace("\0", ""), []).append((_tag, _pattern))
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers = _RESOLVERS
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for i, key in enumerate(keys):
+            if any(key.value == earlier.value for earlier in keys[:i]):
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} stands twice", key.start_mark
+                )
+        return super().construct_mapping(node, deep=deep)
+
+    def construct_int(self, node: yaml.ScalarNode) -> int:
+        return int(self.construct_scalar(node))
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_int)
+
+
+class _Dumper(yaml.SafeDumper):
+    # Quotes what either version would misread.
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        character: _RESOLVERS.get(character, []) + yaml.SafeDumper.yaml_implicit_resolvers.get(character, [])
+        for character in {*_RESOLVERS, *yaml.SafeDumper.yaml_implicit_resolvers}
+    }
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        what = "is a folder, not a file" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"recipe {path} {what}; relative paths start from {Path.cwd()}")
+    raw = path.read_bytes()
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{path}, line {line}: byte {raw[error.start]:#04x} is not UTF-8; save the recipe as UTF-8"
+        ) from None
+    values = _parse(text, str(path))
+    if not isinstance(values, dict):
+        what = "is empty" if values is None else f"holds a {type(values).__name__}"
+        raise ValueError(f"{path} {what}; a recipe is a YAML mapping, one `key: value` a line")
+    return values
+
+
+def _parse(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ValueError(f"{source}, line {line}: not valid YAML: {error.problem or error.context}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{source}: not valid YAML: {error}") from None
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    key = key.strip()
+    if not equals or not key:
+        raise ValueError(f"--set {override!r} is not of the form key=value, such as learning_rate=1e-3 or adapter.r=4")
+    value = _parse(text, f"--set {override}")
+    block, dot, inner = key.partition(".")
+    if not dot:
+        values[key] = value
+        return
+    if block != "adapter" or not inner:
+        raise ValueError(f"--set {override!r}: only the adapter block has keys inside it; write adapter.KEY=VALUE")
+    if not isinstance(values.get(block), dict):
+        raise ValueError(f"--set {override!r}: the recipe has no adapter block to change")
+    values[block] = {**values[block], inner: value}
+
+
+_VARIABLE = re.compile(r"\$\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<default>[^}]*))?\}")
+
+
+def _expand(value: Any, key: str) -> Any:
+    """`value` with the environment variables in its strings expanded, at any depth."""
+    if isinstance(value, dict):
+        return {name: _expand(entry, f"{key}.{name}" if key else str(name)) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [_expand(entry, f"{key}[{i}]") for i, entry in enumerate(value)]
+    return _expand_text(value, key) if isinstance(value, str) else value
+
+
+def _expand_text(text: str, key: str) -> str:
+    def look_up(match: re.Match[str]) -> str:
+        name, default = match["name"], match["default"]
+        # As in a shell, ":-" also stands in for a variable that is set but empty.
+        found = os.environ.get(name, "") or default if default is not None else os.environ.get(name)
+        if found is None:
+            raise ValueError(
+                f"{key}={text!r} needs the environment variable {name}, which is not set; "
+                f"set it, or give a default: ${{{name}:-default}}"
+            )
+        return found
+
+    expanded = _VARIABLE.sub(look_up, text)
+    if "${" in _VARIABLE.sub("", text):
+        raise ValueError(f"{key}={text!r} holds a '${{' that is neither ${{NAME}} nor ${{NAME:-default}}")
+    return expanded

@@ -1,0 +1,165 @@
+"""What happens beside the Trainer's steps: figures, evaluations, the best adapter, checkpoints, and the stop at nan.
+
+>>> trainer = Trainer(model, arguments, callbacks=[recorder], ...)
+>>> model.register_forward_hook(recorder.check_loss)
+"""
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from peft import PeftModel
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from .attach import save_adapter
+from .data import Splits
+from .measure import Measurements, measure
+from .progress import Progress
+from .recipe import Recipe
+from .run_folder import RunFolder
+
+
+class Recorder(TrainerCallback):
+    """Keeps the run folder up to date: metrics, evaluations, the best adapter, sealed checkpoints; stops at nan.
+
+    A new best adapter is always backed by a checkpoint of the same step, and is moved into place after it: so whatever
+    moment a kill comes at, the resumed run knows from metrics.jsonl which adapter is the best, and has it.
+    """
+
+    def __init__(self, run: RunFolder, recipe: Recipe, splits: Splits, progress: Progress, resumed_at: int) -> None:
+        self.run, self.recipe, self.splits, self.progress = run, recipe, splits, progress
+        self.main = PartialState().is_main_process
+        rows = run.rows_until(resumed_at)
+        self.seconds_before = max((row["seconds"] for row in rows), default=0.0)
+        evaluated = [(row["eval_loss"], row["step"]) for row in rows if row.get("eval_loss") is not None]
+        self.best_loss: float
+        self.best_step: int
+        self.best_loss, self.best_step = min(evaluated, default=(math.inf, 0))
+        self.train_loss = next((row["loss"] for row in reversed(rows) if "loss" in row), None)
+        self.step = resumed_at
+        self.begun = time.monotonic()
+        self.finite: tuple[int, dict[str, torch.Tensor]] | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock seconds of the run, earlier sessions included."""
+        return self.seconds_before + time.monotonic() - self.begun
+
+    # --- events of the Trainer, in the order they come
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Make good what a kill between a checkpoint and its adapter left undone."""
+        if self.best_step and self.best_step == state.global_step:
+            self._keep_best(kwargs["model"])
+        self.progress.begin("training", state.max_steps, state.global_step)
+
+    def check_loss(self, module: torch.nn.Module, _inputs: Any, output: Any) -> None:
+        """Stop before a loss that is no number reaches the weights (a forward hook)."""
+        if module.training and not torch.isfinite(output.loss).all():
+            raise self._stop(f"the loss became {output.loss.detach().float().mean().item()}")
+
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Every batch of this step gave a finite loss: remember the weights that did, unless the gradient is not."""
+        trained = {name: weight for name, weight in kwargs["model"].named_parameters() if weight.requires_grad}
+        if not all(weight.grad is None or weight.grad.isfinite().all() for weight in trained.values()):
+            raise self._stop("the gradient became nan or infinite")
+        self.finite = (state.global_step, {name: weight.detach().clone() for name, weight in trained.items()})
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Evaluate where it is due; a checkpoint always closes a line of the log, so that both can be resumed."""
+        self.step = state.global_step
+        finished = state.global_step >= state.max_steps
+        if self.splits.evaluation is not None and (finished or state.global_step % self.recipe.eval_steps == 0):
+            self._evaluate(kwargs["model"], state)
+            control.should_save = control.should_save or self.best_step == state.global_step
+        control.should_save = control.should_save or finished
+        control.should_log = control.should_log or control.should_save
+        self.progress.advance(state.global_step, self._note())
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write a line of training figures (the Trainer's closing summary is not one)."""
+        logs = kwargs["logs"]
+        if "loss" in logs:
+            self.train_loss = logs["loss"]
+            self._write(state, {key: logs[key] for key in ("loss", "learning_rate", "grad_norm") if key in logs})
+
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Seal the checkpoint, then promote its adapter if it is the best so far."""
+        PartialState().wait_for_everyone()
+        if self.main:
+            self.run.keep_checkpoint(state.global_step)
+        if self.best_step == state.global_step:
+            self._keep_best(kwargs["model"])
+
+    # --- what they do
+
+    def measure_best(self, model: PeftModel) -> Measurements:
+        """Measure the weights that were kept, with every figure that the task has."""
+        self.progress.begin("evaluating", len(self.splits.evaluation or ()))
+        try:
+            return self._measure(model, resample=True, on_batch=lambda done, rows: self.progress.advance(done))
+        finally:
+            self.progress.end()
+
+    def _measure(self, model: PeftModel, *, resample: bool, on_batch: Callable[[int, int], None]) -> Measurements:
+        return measure(
+            model,
+            self.splits.evaluation,
+            self.splits.collator,
+            task=self.recipe.task,
+            batch_size=self.recipe.per_device_eval_batch_size,
+            bf16=self.recipe.bf16,
+            resample=resample,
+            on_batch=on_batch,
+        )
+
+    def keep_finite(self, model: PeftModel) -> None:
+        """Save the last weights that gave a finite loss as last/, and as adapter/ where no evaluation chose one."""
+        if self.finite is not None:
+            with torch.no_grad():
+                weights = dict(model.named_parameters())
+                for name, value in self.finite[1].items():
+                    weights[name].copy_(value)
+        if self.main:
+            save_adapter(model, self.run.last)
+            if not self.best_step:
+                save_adapter(model, self.run.adapter)
+
+    def _evaluate(self, model: PeftModel, state: TrainerState) -> None:
+        figures: dict[str, Any] = {}
+        scores = self._measure(
+            model,
+            resample=False,
+            on_batch=lambda done, rows: self.progress.advance(self.step, f"evaluating {done}/{rows}"),
+        )
+        for name, score in scores.items():
+            figures |= {f"eval_{name}": score.value, f"eval_{name}_stderr": score.stderr}
+        self._write(state, figures)
+        if figures["eval_loss"] < self.best_loss:
+            self.best_loss, self.best_step = figures["eval_loss"], state.global_step
+
+    def _keep_best(self, model: PeftModel) -> None:
+        if self.main:
+            save_adapter(model, self.run.adapter)
+
+    def _write(self, state: TrainerState, figures: dict[str, Any]) -> None:
+        if self.main:
+            self.run.log({"step": state.global_step, "epoch": state.epoch, **figures, "seconds": self.seconds})
+
+    def _note(self) -> str:
+        parts = [] if self.train_loss is None else [f"loss {self.train_loss:.4f}"]
+        return "  ".join(parts + ([f"best eval {self.best_loss:.4f}"] if self.best_step else []))
+
+    def _stop(self, reason: str) -> FloatingPointError:
+        if self.main:
+            self.run.log({"step": self.step + 1, "stopped": reason, "seconds": self.seconds})
+        kept = self.finite[0] if self.finite else self.step
+        best = f"the best by evaluation (step {self.best_step})" if self.best_step else "the same"
+        return FloatingPointError(
+            f"Training stopped at step {self.step + 1}: {reason}. The last weights with a finite loss (after step "
+            f"{kept}) are in {self.run.last}, {best} in {self.run.adapter}. Try a lower learning_rate "
+            f"(it was {self.recipe.learning_rate:g}), warmup_steps, or a smaller max_grad_norm."
+        )

@@ -1,0 +1,254 @@
+"""A run's folder on disk: what it holds, and how nothing half-written ever stands there under a final name.
+
+    recipe.yaml        the resolved recipe; its presence makes the folder a run
+    environment.json   versions, commit, device, seed, fingerprint of the data
+    metrics.jsonl      one line a logging or evaluation event, as it happens
+    metrics.json       the final figures; its presence makes the run finished
+    adapter/           the best adapter by evaluation loss, PEFT's format
+    last/              the adapter after the last step
+    curves.png         loss curves
+    checkpoints/       what --resume starts from; gone once the run is finished
+
+Files are written as NAME.partial and renamed; so are folders, whose predecessor steps aside as NAME.old.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+CONTENTS = (
+    "recipe.yaml",
+    "environment.json",
+    "metrics.jsonl",
+    "metrics.json",
+    "adapter",
+    "last",
+    "curves.png",
+    "checkpoints",
+)
+KEPT_CHECKPOINTS = 2  # the newest, and one to fall back on should it be damaged
+MANIFEST = "manifest.json"
+PACKAGES = ("beyondlora", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors")
+
+
+class RunFolder:
+    """The folder of one training run.
+
+    >>> run = RunFolder("runs/shakespeare")
+    >>> run.claim(resume=False, overwrite=False)    # FileExistsError where a run or a stranger's files are
+    >>> run.log({"step": 10, "loss": 2.5})
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.recipe = self.path / "recipe.yaml"
+        self.environment = self.path / "environment.json"
+        self.metrics_log = self.path / "metrics.jsonl"
+        self.metrics = self.path / "metrics.json"
+        self.adapter = self.path / "adapter"
+        self.last = self.path / "last"
+        self.curves = self.path / "curves.png"
+        self.checkpoints = self.path / "checkpoints"
+        self.staging = self.checkpoints / "partial"  # the Trainer writes here; `keep_checkpoint` renames
+
+    def claim(self, *, resume: bool, overwrite: bool) -> None:
+        """Check that a run may be written here; changes nothing on disk.
+
+        Raises:
+            FileExistsError: a run is here already, or files that are not ours.
+            ValueError: both flags at once.
+        """
+        if resume and overwrite:
+            raise ValueError("--resume continues the run that is there, --overwrite deletes it: give one of them.")
+        if self.path.exists() and not self.path.is_dir():
+            raise FileExistsError(f"output_dir {str(self.path)!r} is a file; name a folder.")
+        strangers = self._strangers()
+        if strangers and (overwrite or not self.recipe.exists()):
+            raise FileExistsError(
+                f"output_dir {str(self.path)!r} holds files that no run wrote ({', '.join(strangers[:5])}"
+                f"{', ...' if len(strangers) > 5 else ''}). Nothing was touched; choose another output_dir, "
+                "or move them away."
+            )
+        if self.recipe.exists() and not (resume or overwrite):
+            state = "a finished run" if self.metrics.exists() else "an unfinished run"
+            raise FileExistsError(
+                f"output_dir {str(self.path)!r} already holds {state}. Continue it with --resume, "
+                "replace it with --overwrite, or choose another output_dir."
+            )
+
+    def _strangers(self) -> list[str]:
+        ours = {name + suffix for name in CONTENTS for suffix in ("", ".partial", ".old")}
+        return sorted(entry.name for entry in self.path.glob("*") if entry.name not in ours)
+
+    def clear(self) -> None:
+        """Delete what a run wrote here, and nothing else; the recipe last: half-cleared, it is still a run."""
+        for name in reversed(CONTENTS):
+            for suffix in ("", ".partial", ".old"):
+                entry = self.path / (name + suffix)
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.rmtree(entry)
+                else:
+                    entry.unlink(missing_ok=True)
+
+    # --- metrics.jsonl -------------------------------------------------------------------------------------------
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Append one event; numbers that JSON has no word for (NaN, infinity) become null."""
+        with self.metrics_log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(_finite(row)) + "\n")
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return the events so far; a last line cut short by a kill is left out."""
+        if not self.metrics_log.exists():
+            return []
+        rows = []
+        for line in self.metrics_log.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                rows.append(json.loads(line))
+        return rows
+
+    def rows_until(self, step: int) -> list[dict[str, Any]]:
+        """Return the events up to a step that a run resumes from; those after it will be lived through again."""
+        return [row for row in self.rows() if row["step"] <= step]
+
+    def rewind(self, step: int) -> None:
+        """Forget the events after `step`."""
+        write_text(self.metrics_log, "".join(json.dumps(row) + "\n" for row in self.rows_until(step)))
+
+    # --- checkpoints ---------------------------------------------------------------------------------------------
+
+    def keep_checkpoint(self, step: int) -> None:
+        """Give the Trainer's staged checkpoint its final name, sealed with a manifest, and drop the oldest."""
+        staged, final = self.staging / f"checkpoint-{step}", self.checkpoints / f"checkpoint-{step}"
+        write_json(staged / MANIFEST, {name: _sha256(staged / name) for name in _files(staged)})
+        if final.exists():  # a damaged one, which the resumed run has overtaken
+            shutil.rmtree(final)
+        os.replace(staged, final)
+        for folder in self._checkpoints()[:-KEPT_CHECKPOINTS]:
+            shutil.rmtree(folder)
+
+    def newest_checkpoint(self) -> Path | None:
+        """Return the newest checkpoint all of whose files are as they were written, or None."""
+        return next(filter(_is_intact, reversed(self._checkpoints())), None)
+
+    def drop_checkpoints(self) -> None:
+        """Delete the checkpoints: a finished run needs none."""
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+
+    def _checkpoints(self) -> list[Path]:
+        return sorted(self.checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that either the old or the new text stands under its name, never half of one."""
+    partial = path.with_name(path.name + ".partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a mapping as indented JSON, atomically; NaN and infinity become null."""
+    write_text(path, json.dumps(_finite(content), indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """Yield a new folder to fill; it takes the name `folder` once the block ends without an error.
+
+    >>> with replacing(run.adapter) as partial:
+    ...     model.save_pretrained(partial)
+    """
+    partial, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old")
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(partial, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# --- looking ---------------------------------------------------------------------------------------------------------
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(
+        str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST
+    )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _is_intact(checkpoint: Path) -> bool:
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        return all(_sha256(checkpoint / name) == digest for name, digest in manifest.items())
+    except (OSError, ValueError):
+        return False
+
+
+def environment(*, device: str, seed: int, fingerprint: str) -> dict[str, Any]:
+    """Return what one needs to repeat a run: versions, commit, command, machine, seed, data."""
+    return {
+        "command": sys.argv,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "device": device,
+        "seed": seed,
+        "data_sha256": fingerprint,
+        "commit": _commit(),
+        "versions": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit this package's source stands at, `-dirty` where it was changed since; None outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None

@@ -1,0 +1,250 @@
+"""Fine-tune a model by a recipe, with any method PEFT knows: one call, one run folder.
+
+>>> train(Recipe.load("configs/shakespeare-lora.yaml"))["metrics"]["perplexity"]
+
+transformers' Trainer does the steps. What it writes goes to a staging folder first (run_folder.py), and every figure
+that is reported or chosen by comes from measure.py, not from the Trainer's average over batches (recorder.py).
+"""
+
+import dataclasses
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from peft import PeftModel
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback
+
+from . import curves, data, models
+from .attach import attach, config_from, load_weights, quiet, save_adapter
+from .evaluate import device, load_base
+from .measure import Measurements, as_dict
+from .progress import Progress
+from .recipe import Recipe
+from .recorder import Recorder
+from .run_folder import RunFolder, environment, write_json, write_text
+
+EXTRAS = {  # what a task's figures and pictures need beyond the plain installation: task -> (module, extra)
+    "sequence-classification": [("sklearn", "metrics")],
+    "sequence-regression": [("scipy", "metrics")],
+    "image-classification": [("sklearn", "metrics"), ("PIL", "images")],
+}
+
+SAME_NAMES = (  # in a recipe as in TrainingArguments
+    "learning_rate",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "num_train_epochs",
+    "max_steps",
+    "gradient_accumulation_steps",
+    "lr_scheduler_type",
+    "weight_decay",
+    "max_grad_norm",
+    "optim",
+    "bf16",
+    "seed",
+    "logging_steps",
+    "save_steps",
+    "dataloader_num_workers",
+)
+
+
+def train(
+    recipe: Recipe, *, resume: bool = False, overwrite: bool = False, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Run a recipe and return what metrics.json holds.
+
+    Everything that can be refused is refused before the first step, and before anything on disk is touched.
+
+    Args:
+        resume: continue from the newest intact checkpoint; on the CPU in float32 the final weights are, bit for bit,
+            those of a run that was never interrupted. Where there is none yet, start anew.
+        overwrite: delete the run in output_dir first.
+        progress: shows the way; None = silent.
+
+    Raises:
+        ValueError, FileNotFoundError, FileExistsError: bad input.
+        FloatingPointError: the loss or its gradient became nan or infinite; the last finite weights are kept.
+    """
+    progress = progress or Progress()
+    config, run, arguments = config_from(recipe), RunFolder(recipe.output_dir), _training_arguments(recipe)
+    run.claim(resume=resume, overwrite=overwrite)
+    PartialState().wait_for_everyone()  # several processes: nobody writes before all have looked
+    if resume and run.recipe.exists():
+        _check_same_recipe(recipe, run)
+        if run.metrics.exists():
+            progress.say(f"The run in {run.path} is finished; nothing to resume.")
+            return _read_json(run.metrics)
+    _check_extras(recipe, progress)
+
+    raw = data.read_splits(recipe)
+    set_seed(recipe.seed)  # before the head and the adapter draw their first weights
+    processor = models.load_processor(recipe.model_name_or_path, task=recipe.task, image_size=recipe.image_size)
+    extra = models.extra_inputs(recipe.model_name_or_path, task=recipe.task, image_size=recipe.image_size)
+    splits = data.prepare(raw, processor, recipe, extra_inputs=extra)
+    progress.say(splits.description)
+    model = attach(load_base(recipe, processor, splits.label_names), config, recipe)
+
+    checkpoint = run.newest_checkpoint() if resume else None
+    if checkpoint is not None:
+        _check_same_data(splits, run)
+        progress.say(f"Resuming from step {_step_of(checkpoint)}.")
+    if PartialState().is_main_process:
+        _open(run, recipe, splits, checkpoint)
+    PartialState().wait_for_everyone()
+    recorder = Recorder(run, recipe, splits, progress, _step_of(checkpoint))
+    _fit(model, arguments, splits, recorder, checkpoint)
+    return _finish(model, recorder)
+
+
+# --- before training -------------------------------------------------------------------------------------------------
+
+
+def _training_arguments(recipe: Recipe) -> TrainingArguments:
+    renamed: dict[str, Any] = {"gradient_checkpointing": recipe.gradient_checkpointing}
+    if any(field.name == "activation_checkpointing" for field in dataclasses.fields(TrainingArguments)):
+        renamed = {
+            "activation_checkpointing": recipe.gradient_checkpointing
+        }  # newer transformers warn about the old name
+    with quiet():
+        return TrainingArguments(
+            output_dir=str(RunFolder(recipe.output_dir).staging),
+            **{name: getattr(recipe, name) for name in SAME_NAMES},
+            **renamed,
+            warmup_steps=recipe.warmup_steps or recipe.warmup_ratio,
+            eval_strategy="no",  # Recorder evaluates
+            save_strategy="steps",
+            save_total_limit=None,  # RunFolder rotates
+            logging_nan_inf_filter=False,  # Recorder stops
+            remove_unused_columns=False,
+            label_names=["labels"],
+            use_cpu=device().type == "cpu",
+            dataloader_pin_memory=device().type != "cpu",
+            disable_tqdm=True,
+            report_to="none",
+        )
+
+
+def _check_same_recipe(recipe: Recipe, run: RunFolder) -> None:
+    stored = Recipe.load(run.recipe)
+    different = recipe.replace(output_dir=stored.output_dir).differences(stored)
+    if different:
+        changes = "; ".join(f"{key}: {mine!r}, was {theirs!r}" for key, (mine, theirs) in different.items())
+        raise ValueError(
+            f"--resume continues the run in {run.path} as it was begun, but the recipe differs ({changes}). "
+            "Undo the change, or start anew with --overwrite or another output_dir."
+        )
+
+
+def _check_extras(recipe: Recipe, progress: Progress) -> None:
+    for module, extra in EXTRAS.get(recipe.task, []):
+        if importlib.util.find_spec(module) is None:
+            raise ValueError(
+                f"task {recipe.task} needs {module}, which is not installed: pip install 'beyondlora[{extra}]'"
+            )
+    if not curves.can_draw():
+        progress.say("curves.png will be skipped: matplotlib is not installed (pip install 'beyondlora[plots]').")
+
+
+def _check_same_data(splits: data.Splits, run: RunFolder) -> None:
+    if _read_json(run.environment)["data_sha256"] != splits.fingerprint:
+        raise ValueError(
+            f"--resume continues the run in {run.path} as it was begun, but the data have changed since "
+            f"({run.environment} holds their old fingerprint). Start anew with --overwrite or another output_dir."
+        )
+
+
+def _open(run: RunFolder, recipe: Recipe, splits: data.Splits, checkpoint: Path | None) -> None:
+    """Make the folder a run: an empty one, or one rewound to the checkpoint it goes on from."""
+    if checkpoint is None:
+        run.clear()
+    else:
+        run.rewind(_step_of(checkpoint))
+    run.path.mkdir(parents=True, exist_ok=True)
+    write_text(run.recipe, recipe.to_yaml())
+    record = environment(device=str(device()), seed=recipe.seed, fingerprint=splits.fingerprint)
+    write_json(run.environment, record | {"data": splits.description, "label_names": splits.label_names})
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def _fit(
+    model: PeftModel, arguments: TrainingArguments, splits: data.Splits, recorder: "Recorder", checkpoint: Path | None
+) -> None:
+    """Take the steps that are left; raises FloatingPointError with the last finite weights saved."""
+    if checkpoint is not None:
+        state = _read_json(checkpoint / "trainer_state.json")
+        if state["global_step"] >= state["max_steps"]:  # the Trainer would take one step more
+            model.to(arguments.device)
+            load_weights(model, checkpoint)
+            recorder.on_train_begin(arguments, TrainerState(**_known(state)), TrainerControl(), model=model)
+            return
+    with quiet():
+        trainer = Trainer(
+            model, arguments, data_collator=splits.collator, train_dataset=splits.train, callbacks=[recorder]
+        )
+        trainer.remove_callback(PrinterCallback)
+        hook = model.register_forward_hook(recorder.check_loss)
+        try:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        except FloatingPointError:
+            recorder.keep_finite(model)
+            raise
+        finally:
+            hook.remove()
+            recorder.progress.end()
+
+
+# --- after training --------------------------------------------------------------------------------------------------
+
+
+def _finish(model: PeftModel, recorder: Recorder) -> dict[str, Any]:
+    """Save the last adapter, measure the best, write the summary; metrics.json comes last, and says: finished."""
+    run, recipe = recorder.run, recorder.recipe
+    if recorder.main:
+        save_adapter(model, run.last)
+        if not recorder.best_step:
+            save_adapter(model, run.adapter)
+    PartialState().wait_for_everyone()
+    scores: Measurements = {}
+    if recorder.splits.evaluation is not None:
+        load_weights(model, run.adapter)
+        scores = recorder.measure_best(model)
+    trainable, total = model.get_nb_trainable_parameters()
+    summary = {
+        "task": recipe.task,
+        "peft_type": recipe.adapter["peft_type"],
+        "metrics": as_dict(scores),
+        "best_step": recorder.best_step or recorder.step,
+        "steps": recorder.step,
+        "train_loss": recorder.train_loss,
+        "trainable_parameters": trainable,
+        "total_parameters": total,
+        "seconds": recorder.seconds,
+        "data": recorder.splits.description,
+    }
+    if recorder.main:
+        if curves.can_draw():
+            curves.draw({"evaluation": run.rows()}, run.curves, title=f"{recipe.adapter['peft_type']}: {run.path.name}")
+        write_json(run.metrics, summary)
+        run.drop_checkpoints()
+    return summary
+
+
+# --- small things ----------------------------------------------------------------------------------------------------
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def _known(state: dict[str, Any]) -> dict[str, Any]:
+    return {field.name: state[field.name] for field in dataclasses.fields(TrainerState) if field.name in state}
+
+
+def _step_of(checkpoint: Path | None) -> int:
+    return 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])

@@ -1,0 +1,37 @@
+"""Fixtures of the tests that run the main job."""
+
+import multiprocessing
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def house(tmp_path_factory):
+    """A small base model with its tokenizer, a page of text, labelled sentences: see small_runs."""
+    import small_runs
+
+    return small_runs.house(tmp_path_factory.mktemp("house"))
+
+
+@pytest.fixture(scope="session")
+def process():
+    """Run a function in a process of its own, with everything imported already; return its exit code."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["beyondlora.cli", "beyondlora.train", "matplotlib.figure", "small_runs"])
+
+    def run(function, *arguments):
+        child = context.Process(target=function, args=arguments)
+        child.start()
+        child.join(timeout=300)
+        return child.exitcode
+
+    return run
+
+
+@pytest.fixture
+def fresh_accelerate():
+    """accelerate keeps one state a process: a run in bfloat16 would set the precision of the next one."""
+    from accelerate.state import AcceleratorState
+
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)

@@ -1,0 +1,189 @@
+"""The command line: quick help, tables and JSON, sentences instead of tracebacks, exit codes, Ctrl-C."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import small_runs
+import torch
+from typer.testing import CliRunner
+
+import beyondlora.evaluate
+import beyondlora.train
+from beyondlora import __version__
+from beyondlora.cli import app
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
+
+@pytest.fixture
+def recipe_file(house, tmp_path):
+    """Write a recipe to a file; its run goes to this test's folder."""
+
+    def write(**changes):
+        path = tmp_path / "recipe.yaml"
+        small_runs.recipe(house, **{"output_dir": str(tmp_path / "run")} | changes).save(path)
+        return str(path)
+
+    return write
+
+
+def call(*arguments):
+    return CliRunner(env={"COLUMNS": "80"}).invoke(app, [*map(str, arguments)])
+
+
+# At once -------------------------------------------------------------------------------------------------------------
+
+
+def test_help_loads_nothing_heavy_and_answers_at_once():
+    code = (
+        "import sys, beyondlora.cli as cli; sys.argv = ['beyondlora', '--help']\n"
+        "try: cli.main()\n"
+        "except SystemExit: pass\n"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'peft', 'datasets', 'numpy')))"
+    )
+    seconds = []
+    for _ in range(3):
+        begun = os.times()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        ended = os.times()
+        seconds.append(ended.children_user + ended.children_system - begun.children_user - begun.children_system)
+        assert done.returncode == 0, done.stderr
+        assert "train" in done.stdout
+        assert "evaluate" in done.stdout
+    assert min(seconds) < 0.6  # of processor time, on a busy machine; 0.2 s on a quiet one
+
+
+def test_version():
+    assert call("--version").stdout == f"beyondlora {__version__}\n"
+
+
+# Train and evaluate --------------------------------------------------------------------------------------------------
+
+
+def test_train_then_evaluate(recipe_file, tmp_path):
+    trained = call("train", recipe_file(), "--set", "adapter.r=2", "--set", "max_steps=4")
+    assert trained.exit_code == 0, trained.stderr
+    assert "perplexity" in trained.stdout
+    assert "±" in trained.stdout
+    assert "Run folder" in trained.stderr
+
+    shown = call("evaluate", tmp_path / "run")
+    assert shown.exit_code == 0, shown.stderr
+    printed = json.loads(call("evaluate", tmp_path / "run", "--json").stdout)
+    loss = printed["metrics"]["loss"]
+    assert f"{loss['value']:.4f}" in shown.stdout
+    assert f"± {loss['stderr']:.4f}" in shown.stdout
+    stored = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert printed["metrics"] == stored["metrics"]
+    assert stored["steps"] == 4
+    merged = json.loads(call("evaluate", tmp_path / "run", "--json", "--merged").stdout)
+    assert merged["merged"] is True
+
+
+def test_evaluate_takes_data_and_how_to_read_it(recipe_file, house, tmp_path):
+    assert call("train", recipe_file(max_steps=4)).exit_code == 0
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"body": "the cat sat on one mat."}\n' * 8)
+    refused = call("evaluate", tmp_path / "run", "--data", rows)
+    assert refused.exit_code == 2
+    assert "body" in refused.stderr
+    read = call("evaluate", tmp_path / "run", "--data", rows, "--set", "dataset_text_field=body", "--json")
+    assert json.loads(read.stdout)["metrics"]["loss"]["value"] > 0
+    bare = call("evaluate", house / "base", "--set", "max_length=8")
+    assert "--recipe" in bare.stderr
+
+
+# What goes wrong -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "RECIPE", "--set", "learning_rat=1"], "did you mean 'learning_rate'?"),
+        (["train", "RECIPE", "--set", "adapter.rnk=1"], "LORA has no key 'rnk'"),
+        (["train", "RECIPE", "--set", "adapter.peft_type=LORRA"], "did you mean 'LORA'?"),
+        (["train", "nowhere.yaml"], "nowhere.yaml"),
+        (["train", "RECIPE", "--resume", "--overwrite"], "give one of them"),
+        (["evaluate", "nowhere"], "does not exist"),
+        (["train"], "RECIPE"),
+        (["trane"], "trane"),
+    ],
+    ids=" ".join,
+)
+def test_bad_input_is_a_sentence_and_exit_code_2(arguments, message, recipe_file):
+    path = recipe_file()
+    done = call(*(path if word == "RECIPE" else word for word in arguments))
+    assert done.exit_code == 2
+    assert message in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_run_that_is_there_is_refused(recipe_file):
+    path = recipe_file(max_steps=2)
+    assert call("train", path).exit_code == 0
+    assert call("train", path).exit_code == 2
+    assert call("train", path, "--resume").exit_code == 0
+    assert call("train", path, "--overwrite").exit_code == 0
+
+
+def test_nan_is_a_sentence_and_exit_code_1(recipe_file, tmp_path):
+    done = call("train", recipe_file(learning_rate=1e30))
+    assert done.exit_code == 1
+    assert "Training stopped at step 2" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "run" / "last" / "adapter_model.safetensors").exists()
+
+
+def test_a_bug_shows_itself(recipe_file, monkeypatch):
+    def bug(*_arguments, **_options):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(beyondlora.train, "train", bug)
+    done = call("train", recipe_file())
+    assert done.exit_code == 1
+    assert isinstance(done.exception, RuntimeError)
+
+
+def test_a_traceback_can_be_asked_for(recipe_file, monkeypatch):
+    monkeypatch.setenv("BEYONDLORA_TRACEBACK", "1")
+    assert isinstance(call("train", recipe_file(), "--set", "adapter.r=0").exception, ValueError)
+
+
+# Ctrl-C --------------------------------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_exits_130_leaves_nothing_half_written_and_can_be_resumed(recipe_file, process, tmp_path):
+    path, run, whole = recipe_file(), tmp_path / "run", tmp_path / "whole"
+    assert call("train", path, "--set", f"output_dir={whole}").exit_code == 0
+    for moment in (1, 25, 70, 60):  # of the file operations of what is left each time
+        arguments = ["train", path, "--resume"]
+        assert process(small_runs.command_and_interrupt, arguments, str(run), moment) == 130
+        said = (tmp_path / "run.stderr").read_text()
+        assert "Interrupted" in said
+        assert "Traceback" not in said
+        small_runs.nothing_half_written(run)
+    assert "continued from step" in said
+    assert call("train", path, "--resume").exit_code == 0
+    ours, theirs = small_runs.weights(run / "last"), small_runs.weights(whole / "last")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_ctrl_c_in_a_terminal(recipe_file, tmp_path):
+    """The real thing: a process of its own, the signal from outside, at whatever moment it comes."""
+    command = [sys.executable, "-m", "beyondlora", "train", recipe_file(max_steps=100_000)]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    child.send_signal(signal.SIGINT)
+    _, said = child.communicate(timeout=60)
+    assert child.returncode == 130, said
+    assert "Traceback" not in said
+    assert "--resume" in said
+    small_runs.nothing_half_written(tmp_path / "run")

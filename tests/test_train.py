@@ -1,0 +1,435 @@
+"""Training from a recipe: the run folder, refusals, the same weights whatever interrupts a run, the stop at nan."""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import small_runs
+import torch
+from peft import get_peft_model_state_dict
+from transformers import ViTConfig, ViTForImageClassification
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+import beyondlora.train
+from beyondlora.attach import attach, config_from
+from beyondlora.evaluate import evaluate
+from beyondlora.progress import Progress
+from beyondlora.recipe import Recipe
+from beyondlora.run_folder import CONTENTS, RunFolder
+from beyondlora.train import train
+
+ACCUMULATED = {  # 5 batches an epoch, so 3 steps, the last one shorter; 4 epochs
+    "max_train_samples": 20,
+    "gradient_accumulation_steps": 2,
+    "warmup_steps": 3,
+    "logging_steps": 5,  # beside the checkpoints: a resumed run must log the same means
+    "lr_scheduler_type": "cosine",
+}
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+CLASSES = {
+    "task": "sequence-classification",
+    "adapter": {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj", "v_proj"]},
+}
+
+
+@pytest.fixture
+def recipe(house, tmp_path):
+    """Make a recipe that writes to this test's own folder."""
+    return lambda **changes: small_runs.recipe(house, **{"output_dir": str(tmp_path / "run")} | changes)
+
+
+def same_weights(first, second):
+    """Whether two adapter folders hold the same tensors, bit for bit."""
+    ours, theirs = small_runs.weights(first), small_runs.weights(second)
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+# What a run leaves behind --------------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_holds_what_it_should_and_nothing_else(recipe, tmp_path):
+    summary = train(recipe())
+    run = tmp_path / "run"
+    assert {entry.name for entry in run.iterdir()} == set(CONTENTS) - {"checkpoints"}
+    assert json.loads((run / "metrics.json").read_text()) == summary
+    assert Recipe.load(run / "recipe.yaml") == recipe()
+    assert summary["steps"] == 12
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["seed"] == 42
+    assert environment["versions"]["torch"] == torch.__version__
+
+
+def test_a_run_learns_and_keeps_its_best_adapter(recipe, tmp_path):
+    summary = train(recipe())
+    evaluations = {row["step"]: row["eval_loss"] for row in small_runs.rows(tmp_path / "run") if "eval_loss" in row}
+    assert set(evaluations) == {4, 8, 12}
+    assert summary["best_step"] == min(evaluations, key=evaluations.get)
+    assert summary["metrics"]["loss"]["value"] == min(evaluations.values()) < evaluations[4]
+
+
+def test_the_best_adapter_is_not_the_last_where_learning_turns_to_memorising(recipe, tmp_path):
+    """Four blocks learnt by heart: the loss on other text falls, then rises."""
+    summary = train(recipe(max_train_samples=4, max_steps=48, eval_steps=8, learning_rate=0.1))
+    evaluations = {row["step"]: row["eval_loss"] for row in small_runs.rows(tmp_path / "run") if "eval_loss" in row}
+    assert summary["best_step"] == min(evaluations, key=evaluations.get) < 48
+    assert summary["metrics"]["loss"]["value"] == evaluations[summary["best_step"]]
+    assert not same_weights(tmp_path / "run" / "adapter", tmp_path / "run" / "last")
+    assert evaluate(tmp_path / "run")["metrics"]["loss"]["value"] == pytest.approx(evaluations[summary["best_step"]])
+    assert evaluate(tmp_path / "run" / "last")["metrics"]["loss"]["value"] == pytest.approx(evaluations[48])
+
+
+def test_without_evaluation_rows_the_last_adapter_is_the_one(recipe, tmp_path):
+    summary = train(recipe(eval_fraction=0))
+    assert summary["metrics"] == {}
+    assert same_weights(tmp_path / "run" / "adapter", tmp_path / "run" / "last")
+
+
+@pytest.mark.parametrize("name", small_runs.ADAPTERS)
+def test_the_same_recipe_twice_gives_the_same_run(name, recipe, tmp_path):
+    for folder in ("one", "two"):
+        train(recipe(adapter=small_runs.ADAPTERS[name], output_dir=str(tmp_path / folder)))
+    assert same_weights(tmp_path / "one" / "last", tmp_path / "two" / "last")
+    assert small_runs.rows(tmp_path / "one") == small_runs.rows(tmp_path / "two")
+
+
+def test_evaluating_more_often_does_not_change_what_is_trained(recipe, tmp_path):
+    train(recipe(output_dir=str(tmp_path / "seldom"), eval_steps=12))
+    train(recipe(output_dir=str(tmp_path / "often"), eval_steps=1, save_steps=5, logging_steps=2))
+    assert same_weights(tmp_path / "seldom" / "last", tmp_path / "often" / "last")
+
+
+def test_another_seed_gives_another_run(recipe, tmp_path):
+    train(recipe(output_dir=str(tmp_path / "one")))
+    train(recipe(output_dir=str(tmp_path / "two"), seed=43))
+    assert not same_weights(tmp_path / "one" / "last", tmp_path / "two" / "last")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"gradient_checkpointing": True},
+        {"bf16": True},
+        {"dtype": "bfloat16"},
+        {"warmup_ratio": 0.25, "lr_scheduler_type": "constant_with_warmup"},
+        {"dataloader_num_workers": 1},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_options_of_training(changes, recipe, tmp_path):
+    summary = train(recipe(**changes))
+    assert summary["metrics"]["loss"]["value"] < 4.1  # ln 64 = 4.16 is a guess
+    assert evaluate(tmp_path / "run")["metrics"]["loss"]["value"] == pytest.approx(summary["metrics"]["loss"]["value"])
+
+
+def test_gradient_checkpointing_recomputes_and_gives_the_same_weights(recipe, tmp_path, monkeypatch):
+    calls, forward = [], LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda *arguments: calls.append(1) or forward(*arguments))
+    train(recipe(output_dir=str(tmp_path / "one")))
+    plain = len(calls)
+    train(recipe(output_dir=str(tmp_path / "two"), gradient_checkpointing=True))
+    assert len(calls) - plain == plain + 12 * 2  # once more a step for each of two layers
+    assert same_weights(tmp_path / "one" / "last", tmp_path / "two" / "last")
+
+
+def test_bf16_computes_in_bfloat16(recipe, tmp_path):
+    exact = train(recipe(output_dir=str(tmp_path / "one")))["metrics"]["loss"]["value"]
+    rounded = train(recipe(output_dir=str(tmp_path / "two"), bf16=True))["metrics"]["loss"]["value"]
+    assert exact != rounded
+    assert exact == pytest.approx(rounded, rel=0.01)
+
+
+def test_a_warm_up_by_ratio_is_one_by_steps(recipe, tmp_path):
+    for name, changes in {"ratio": {"warmup_ratio": 0.5}, "steps": {"warmup_steps": 6}, "none": {}}.items():
+        train(recipe(output_dir=str(tmp_path / name), logging_steps=1, **changes))
+    rates = {
+        name: [row.get("learning_rate") for row in small_runs.rows(tmp_path / name)]
+        for name in ("ratio", "steps", "none")
+    }
+    assert rates["ratio"] == rates["steps"] != rates["none"]
+
+
+def test_an_image_classifier_trains_and_saves_its_head(recipe):
+    base = ViTForImageClassification(
+        ViTConfig(
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=16,
+            image_size=16,
+            num_labels=3,
+        )
+    )
+    images = recipe(task="image-classification", adapter={"peft_type": "LORA", "target_modules": "all-linear"})
+    model = attach(base, config_from(images), images)
+    trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
+    assert any(name.endswith("classifier.modules_to_save.default.weight") for name in trained)
+    assert "base_model.model.classifier.weight" in get_peft_model_state_dict(model)
+
+
+# Interrupted and resumed ---------------------------------------------------------------------------------------------
+
+
+def kill_and_resume(recipe, process, run, moments):
+    """Repeat the recipe's run in another folder, kill it at each moment, let it finish, compare with the whole one."""
+    whole, recipe = Path(recipe.output_dir), recipe.replace(output_dir=str(run))
+    for moment in moments:
+        assert process(small_runs.train_and_die, recipe, moment, True) == -signal.SIGKILL
+        small_runs.nothing_half_written(run)
+    assert process(small_runs.train_and_die, recipe, 10**9, True) == 0
+    assert same_weights(run / "last", whole / "last")
+    assert same_weights(run / "adapter", whole / "adapter")
+    assert small_runs.rows(run) == small_runs.rows(whole)
+    assert not list(run.glob("*.partial")) + list(run.glob("*.old"))
+
+
+@pytest.mark.parametrize("name", small_runs.ADAPTERS)
+def test_a_killed_run_resumes_to_the_same_weights(name, recipe, process, tmp_path):
+    adapter = small_runs.ADAPTERS[name]
+    whole = recipe(adapter=adapter, **ACCUMULATED, output_dir=str(tmp_path / "whole"))
+    assert process(small_runs.train_and_die, whole, 10**9, False) == 0
+    operations = int((tmp_path / "whole" / "operations").read_text())
+    moments = [round(operations * part) for part in (0.3, 0.45)]  # of what is left, the second time
+    kill_and_resume(whole, process, tmp_path / "run", moments)
+
+
+def test_a_run_killed_after_its_last_step_takes_no_further_one(recipe, process, tmp_path):
+    whole = recipe(**ACCUMULATED, max_steps=10, output_dir=str(tmp_path / "whole"))  # not the end of an epoch
+    assert process(small_runs.train_and_die, whole, 10**9, False) == 0
+    operations = int((tmp_path / "whole" / "operations").read_text())
+    kill_and_resume(whole, process, tmp_path / "run", [operations - 12])
+
+
+def test_a_stop_between_the_best_checkpoint_and_its_adapter_loses_neither(recipe, tmp_path, monkeypatch):
+    """The checkpoint of what will stay the best adapter stands, adapter/ is not in place yet."""
+    learnt_by_heart = {
+        "max_train_samples": 4,
+        "max_steps": 48,
+        "eval_steps": 8,
+        "learning_rate": 0.1,
+        "save_steps": 100,
+    }
+    whole = recipe(output_dir=str(tmp_path / "whole"), **learnt_by_heart)
+    best = train(whole)["best_step"]
+    assert best < 48
+    keep_checkpoint = RunFolder.keep_checkpoint
+
+    def keep_and_stop(run, step):
+        keep_checkpoint(run, step)
+        if step == best:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunFolder, "keep_checkpoint", keep_and_stop)
+    stopped = whole.replace(output_dir=str(tmp_path / "run"))
+    with pytest.raises(KeyboardInterrupt):
+        train(stopped)
+    monkeypatch.undo()
+    train(stopped, resume=True)
+    assert same_weights(tmp_path / "run" / "adapter", tmp_path / "whole" / "adapter")
+    assert small_runs.rows(tmp_path / "run") == small_runs.rows(tmp_path / "whole")
+
+
+def test_a_killed_run_resumes_its_classification_head(recipe, house, process, tmp_path):
+    whole = recipe(**CLASSES, dataset_name=str(house / "sentences.jsonl"), output_dir=str(tmp_path / "whole"))
+    assert process(small_runs.train_and_die, whole, 10**9, False) == 0
+    assert any("score" in key for key in small_runs.weights(tmp_path / "whole" / "last"))
+    kill_and_resume(whole, process, tmp_path / "run", [90])
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(recipe, process, tmp_path):
+    whole, run = recipe(**ACCUMULATED, output_dir=str(tmp_path / "whole")), tmp_path / "run"
+    train(whole)
+    broken = whole.replace(output_dir=str(run))
+    assert process(small_runs.train_and_die, broken, 190, False) == -signal.SIGKILL
+    older, newest = sorted((run / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))[-2:]
+    weights = newest / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\1")  # a file that loads, with one number changed
+    said = Said()
+    train(broken, resume=True, progress=said)
+    assert f"step {older.name[11:]}" in said.text
+    assert same_weights(run / "last", tmp_path / "whole" / "last")
+    assert small_runs.rows(run) == small_runs.rows(tmp_path / "whole")
+
+
+class Said(Progress):
+    """Remembers what it was told to say."""
+
+    text = ""
+
+    def say(self, message):
+        self.text += message + "\n"
+
+
+def test_resuming_where_nothing_is_begins_anew(recipe, tmp_path):
+    train(recipe(output_dir=str(tmp_path / "one")), resume=True)
+    train(recipe(output_dir=str(tmp_path / "two")))
+    assert same_weights(tmp_path / "one" / "last", tmp_path / "two" / "last")
+
+
+def test_resuming_a_finished_run_changes_nothing(recipe, tmp_path):
+    summary = train(recipe())
+    before = snapshot(tmp_path / "run")
+    assert train(recipe(), resume=True) == summary
+    assert snapshot(tmp_path / "run") == before
+
+
+def test_resuming_with_another_recipe_is_refused(recipe, tmp_path):
+    train(recipe())
+    with pytest.raises(ValueError, match=r"learning_rate: 0\.5, was 0\.01"):
+        train(recipe(learning_rate=0.5), resume=True)
+
+
+def test_resuming_with_other_data_is_refused(recipe, house, process, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text((house / "text.txt").read_text())
+    assert process(small_runs.train_and_die, recipe(dataset_name=str(text)), 150, False) == -signal.SIGKILL
+    text.write_text((house / "text.txt").read_text().replace("cat", "cow"))
+    with pytest.raises(ValueError, match="the data have changed"):
+        train(recipe(dataset_name=str(text)), resume=True)
+
+
+def snapshot(folder):
+    """Every file under a folder, with its content."""
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(8))
+def test_a_run_killed_at_any_file_operation_resumes_to_the_same_weights(part, recipe, process, tmp_path):
+    whole = recipe(**ACCUMULATED, output_dir=str(tmp_path / "whole"))
+    assert process(small_runs.train_and_die, whole, 10**9, False) == 0
+    operations = int((tmp_path / "whole" / "operations").read_text())
+    for moment in range(1 + part, operations, 24):
+        run = tmp_path / f"run{moment}"
+        kill_and_resume(whole, process, run, [moment])
+
+
+# Refusals: before anything is trained or touched ---------------------------------------------------------------------
+
+
+def test_a_folder_with_a_run_is_refused_and_left_alone(recipe, tmp_path):
+    train(recipe())
+    before = snapshot(tmp_path / "run")
+    with pytest.raises(FileExistsError, match=r"already holds a finished run.*--resume.*--overwrite"):
+        train(recipe())
+    assert snapshot(tmp_path / "run") == before
+
+
+def test_overwriting_leaves_nothing_of_the_old_run(recipe, tmp_path):
+    train(recipe(learning_rate=0.5))
+    train(recipe(), overwrite=True)
+    train(recipe(output_dir=str(tmp_path / "fresh")))
+    assert same_weights(tmp_path / "run" / "last", tmp_path / "fresh" / "last")
+    assert small_runs.rows(tmp_path / "run") == small_runs.rows(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("flags", [{}, {"overwrite": True}, {"resume": True}], ids=str)
+def test_a_strangers_folder_is_never_touched(flags, recipe, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("years of work")
+    with pytest.raises(FileExistsError, match=r"thesis\.txt"):
+        train(recipe(), **flags)
+    assert (tmp_path / "run" / "thesis.txt").read_text() == "years of work"
+
+
+def test_overwriting_spares_a_run_with_a_strangers_file_in_it(recipe, tmp_path):
+    train(recipe())
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    before = snapshot(tmp_path / "run")
+    with pytest.raises(FileExistsError, match=r"notes\.txt"):
+        train(recipe(), overwrite=True)
+    assert snapshot(tmp_path / "run") == before
+
+
+def test_an_output_dir_that_is_a_file_is_refused(recipe, tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(FileExistsError, match="is a file"):
+        train(recipe())
+
+
+BAD = [
+    ({"adapter": {"peft_type": "LORRA"}}, r"'LORRA' is unknown, did you mean 'LORA'\?.*CERA"),
+    ({"adapter": {"peft_type": "cera"}}, r"did you mean 'CERA'"),
+    ({"adapter": {"peft_type": "LORA", "rank": 4}}, r"LORA has no key 'rank'.*rank_pattern"),
+    ({"adapter": {"peft_type": "LORA", "lora_alfa": 4}}, r"did you mean 'lora_alpha'"),
+    ({"adapter": {"peft_type": "LORA", "task_type": "SEQ_CLS"}}, r"leave task_type out"),
+    ({"adapter": {"peft_type": "LORA", "r": 0, "target_modules": "all-linear"}}, r"adapter: .*r"),
+    ({"adapter": {"peft_type": "CERA", "r": 0, "target_modules": "all-linear"}}, r"adapter: .*r"),
+    ({"adapter": {"peft_type": "CERA", "cera_activation": "gelu"}}, r"adapter: .*silu"),
+    ({"adapter": {"peft_type": "STELLA", "r": 20, "target_modules": "all-linear"}}, r"adapter: .*k_proj"),
+    ({"adapter": {"peft_type": "CERA", "target_modules": ["query"]}}, r"adapter: .*query"),
+    ({"optim": "adamw_torched"}, r"adamw_torched"),
+    ({"lr_scheduler_type": "liner"}, r"liner"),
+    ({"dataset_name": "nowhere/at/all.txt"}, r"nowhere/at/all\.txt"),
+    ({"dataset_name": "HOUSE/sentences.jsonl", "dataset_text_field": "body"}, r"body"),
+    ({**CLASSES, "dataset_name": "HOUSE/sentences.jsonl", "label_field": "stars"}, r"stars"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD, ids=lambda value: str(value)[:60])
+def test_bad_input_is_refused_before_training_and_loses_nothing(changes, message, recipe, house, tmp_path):
+    if "dataset_name" in changes:
+        changes = changes | {"dataset_name": changes["dataset_name"].replace("HOUSE", str(house))}
+    old = tmp_path / "run"
+    old.mkdir()
+    (old / "recipe.yaml").write_text("the old run")
+    with pytest.raises((ValueError, FileNotFoundError), match=f"(?s){message}"):
+        train(recipe(**changes), overwrite=True)
+    assert snapshot(old) == {(old / "recipe.yaml").relative_to(old): b"the old run"}
+
+
+def test_a_saved_adapter_config_is_an_adapter_block(recipe, tmp_path):
+    train(recipe())
+    block = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    again = config_from(recipe(adapter=block))
+    assert (again.r, again.lora_dropout, again.inference_mode) == (4, 0.1, False)
+
+
+# Numbers that are none -----------------------------------------------------------------------------------------------
+
+
+def poison_loss(model, step):
+    """The loss of the `step`-th batch is nan."""
+    batches = iter(range(1, 1000))
+
+    def hook(module, _inputs, output):
+        if module.training and next(batches) == step:
+            output.loss = output.loss * float("nan")
+
+    model.register_forward_hook(hook)
+
+
+def poison_gradient(model, step):
+    """The loss of the `step`-th batch is finite, its gradient is not."""
+    batches = iter(range(1, 1000))
+    weight = next(weight for weight in model.parameters() if weight.requires_grad)
+    weight.register_hook(lambda gradient: gradient * (float("inf") if next(batches) == step else 1))
+
+
+@pytest.mark.parametrize(
+    ("poison", "reason"), [(poison_loss, "the loss became nan"), (poison_gradient, "the gradient became nan")]
+)
+def test_nan_stops_the_run_and_keeps_the_last_good_weights(poison, reason, recipe, tmp_path, monkeypatch):
+    train(recipe(output_dir=str(tmp_path / "good"), max_steps=4, lr_scheduler_type="constant"))
+    attach = beyondlora.train.attach
+
+    def attach_poisoned(*arguments):
+        model = attach(*arguments)
+        poison(model, 6)
+        return model
+
+    monkeypatch.setattr(beyondlora.train, "attach", attach_poisoned)
+    with pytest.raises(FloatingPointError, match=rf"step 6: {reason}.*after step 4.*learning_rate \(it was 0\.01\)"):
+        train(recipe(lr_scheduler_type="constant"))
+    run = tmp_path / "run"
+    assert same_weights(run / "last", tmp_path / "good" / "last")
+    assert same_weights(run / "adapter", tmp_path / "good" / "adapter")  # evaluated after step 4
+    assert not (run / "metrics.json").exists()
+    assert small_runs.rows(run)[-1]["step"] == 6
+
+
+def test_a_learning_rate_out_of_this_world_stops_the_run(recipe, tmp_path):
+    with pytest.raises(FloatingPointError, match="step 2"):
+        train(recipe(learning_rate=1e30))
+    assert all(tensor.isfinite().all() for tensor in small_runs.weights(tmp_path / "run" / "last").values())
+    assert same_weights(tmp_path / "run" / "last", tmp_path / "run" / "adapter")
