@@ -221,3 +221,13 @@ def test_repr_shows_the_geometry() -> None:
     layer = StiefelLinear(4, 9, retraction="exp_map", step_scale=2**0.5)
     expected = "in_features=4, out_features=9, bias=False, retraction='exp_map', step_scale=1.414"
     assert repr(layer) == f"StiefelLinear({expected})"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_inputs_meet_a_rounded_factor_and_leave_the_factor_alone(dtype: torch.dtype) -> None:
+    layer = StiefelLinear(4, 16)
+    before = layer.weight.detach().clone()
+    x = torch.randn(5, 4, dtype=dtype)
+    assert layer(x).dtype == dtype
+    torch.testing.assert_close(layer(x).float(), x.float() @ before.mT, rtol=2e-2, atol=2e-2)  # 8 bits of bfloat16
+    assert torch.equal(layer.weight, before)

@@ -523,12 +523,29 @@ class Wrapper(Optimizer):
         self.inner.step()
 
 
-@pytest.mark.xfail(strict=True, reason="both optimizers convert the gradient and scale the step")
 def test_an_optimizer_around_an_optimizer_takes_one_step() -> None:
     chain = Chain()
     expected = trained_reference(chain, reference.SGD(0.1), steps=5)
     train(chain, Wrapper(torch.optim.SGD(chain.adapters.parameters(), 0.1)), steps=5)
     assert_same(chain, expected)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_is_refused_and_the_factors_put_back(poison: float) -> None:
+    torch.manual_seed(0)
+    layers = [StiefelLinear(3, 8), StiefelLinear(8, 3)]
+    optimizer = torch.optim.SGD([layer.weight for layer in layers], 0.1)
+    before = [layer.weight.detach().clone() for layer in layers]
+    for layer in layers:
+        layer.weight.grad = torch.randn_like(layer.weight)
+    layers[1].weight.grad[0, 0] = poison
+    with pytest.raises(FloatingPointError, match=r"SGD made Stiefel factors nan or infinite.*put back"):
+        optimizer.step()
+    assert all(torch.equal(layer.weight, value) for layer, value in zip(layers, before, strict=True))
+    for layer in layers:
+        layer.weight.grad = torch.randn_like(layer.weight)
+    optimizer.step()
+    assert all(distance_to_stiefel(layer.orthonormal) < 1e-6 for layer in layers)
 
 
 # ------------------------------------------------------------------------------------------------ closures

@@ -1,12 +1,14 @@
 """`beyondlora demo`: five methods at matched trainable parameters on the embedded model, and one table.
 
 Every training is an ordinary run of a recipe, in a run folder of its own; finished ones are not repeated on --resume.
+Two or more run side by side (workers.py).
 The learning rate is chosen on the validation modules, the table is measured on the test modules, which nothing was
 trained or chosen on. Whatever comes out is reported.
 """
 
 import itertools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
@@ -18,12 +20,13 @@ from rich.table import Table
 
 from .. import curves, data, models
 from ..evaluate import device, evaluate, load_base
-from ..measure import as_dict, measure
+from ..measure import measure
 from ..progress import Progress
 from ..recipe import Recipe
 from ..run_folder import RunFolder, write_json
 from ..train import train
 from .corpus import write_corpus
+from .workers import workers
 
 CORPUS, RESULTS = "corpus", "results.json"
 
@@ -75,26 +78,46 @@ def demo(
         dataset_name=str(files["train"]),
         eval_dataset_name=str(files["validation"]),
     )
-    rates = [float(rate) for rate in plan["learning_rates"]]
-    steps = base.max_steps
-    progress.begin("demo", len(plan["methods"]) * len(rates) * steps)
+    runs = _recipes(base, plan, output)
+    progress.begin("demo", len(runs) * base.max_steps)
     try:
-        rows, best, done = [_base_row(base, files["test"])], {}, 0
-        for method, adapter in plan["methods"].items():
-            losses, runs = {}, {}
-            for rate in rates:
-                runs[rate] = RunFolder(output / f"{method.lower()}-lr{rate:g}")
-                recipe = base.replace(adapter=adapter, learning_rate=rate, output_dir=str(runs[rate].path))
-                part = _Part(progress, f"{method}, learning rate {rate:g}", done)
-                losses[rate] = train(recipe, resume=resume, progress=part)["metrics"]["loss"]["value"]
-                done += steps
-            rate = min(losses, key=lambda rate: losses[rate])
-            best[method] = runs[rate]
-            rows.append(_row(method, rate, rate in (min(rates), max(rates)), runs[rate], files["test"]))
+        with workers(tasks=len(runs)) as pool:
+            losses = pool.run(_train_one, [(recipe, resume) for recipe in runs.values()], progress)
+            best = _best_rates(dict(zip(runs, losses, strict=True)))
+            tasks = [(runs[choice], files["test"]) for choice in best.items()]
+            scores = pool.run(_measure_one, [(base, files["test"]), *tasks], Progress())
     finally:
         progress.end()
-    _write(output, rows, best)
+    rows = [Row("none (base)", None, 0, None, False, scores[0], 0.0, None)]
+    edges = [function(map(float, plan["learning_rates"])) for function in (min, max)]
+    rows += [
+        _row(method, runs[method, rate], rate in edges, score)
+        for (method, rate), score in zip(best.items(), scores[1:], strict=True)
+    ]
+    _write(output, rows)
     return rows
+
+
+def _recipes(base: Recipe, plan: Mapping[str, Any], output: Path) -> dict[tuple[str, float], Recipe]:
+    return {
+        (method, rate): base.replace(
+            adapter=adapter, learning_rate=rate, output_dir=str(output / f"{method.lower()}-lr{rate:g}")
+        )
+        for method, adapter in plan["methods"].items()
+        for rate in map(float, plan["learning_rates"])
+    }
+
+
+def _best_rates(losses: Mapping[tuple[str, float], float]) -> dict[str, float]:
+    """Return each method's learning rate of lowest validation loss; one that ended in nan counts as infinite."""
+    best: dict[str, float] = {}
+    for method, rate in losses:
+        if method not in best or losses[method, rate] < losses[method, best[method]]:
+            best[method] = rate
+    for method, rate in best.items():
+        if math.isinf(losses[method, rate]):
+            raise FloatingPointError(f"Every learning rate that was tried with {method} ended in a loss of nan.")
+    return best
 
 
 def free_folder(folder: Path) -> Path:
@@ -133,50 +156,45 @@ def caption(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-class _Part(Progress):
-    """One training's share of the demo's single bar."""
-
-    def __init__(self, whole: Progress, what: str, before: int) -> None:
-        self.whole, self.what, self.before, self.training = whole, what, before, False
-
-    def begin(self, what: str, total: int, done: int = 0) -> None:
-        """Remember whether the steps that follow are training steps."""
-        self.training = what == "training"
-
-    def advance(self, done: int, note: str = "") -> None:
-        """Move the whole bar."""
-        if self.training:
-            self.whole.advance(self.before + done, f"{self.what}  {note}")
+def _train_one(recipe: Recipe, resume: bool, progress: Progress) -> float:
+    """Train in a worker; return the validation loss."""
+    try:
+        loss: float = train(recipe, resume=resume, progress=progress)["metrics"]["loss"]["value"]
+    except FloatingPointError:
+        return math.inf
+    return loss
 
 
-def _base_row(base: Recipe, test: Path) -> Row:
-    """The model before any training."""
-    processor = models.load_processor(base.model_name_or_path, task=base.task)
-    rows = data.prepare_evaluation(base.replace(max_eval_samples=None), processor, str(test))
-    model = load_base(base, processor, None).to(device())
-    scores = measure(
-        model, rows.rows, rows.collator, task=base.task, batch_size=base.per_device_eval_batch_size, bf16=base.bf16
-    )
-    return Row("none (base)", None, 0, None, False, as_dict(scores)["perplexity"], 0.0, None)
+def _measure_one(recipe: Recipe, test: Path, _progress: Progress) -> dict[str, Any]:
+    """Measure a run, or the base model where there is none, on all test rows; return the perplexity."""
+    everything = recipe.replace(max_eval_samples=None)
+    perplexity: dict[str, Any]
+    if RunFolder(recipe.output_dir).metrics.exists():
+        perplexity = evaluate(Path(recipe.output_dir), data=str(test), recipe=everything)["metrics"]["perplexity"]
+        return perplexity
+    processor = models.load_processor(recipe.model_name_or_path, task=recipe.task)
+    rows = data.prepare_evaluation(everything, processor, str(test))
+    model = load_base(recipe, processor, None).to(device())
+    scores = measure(model, rows.rows, rows.collator, task=recipe.task, batch_size=recipe.per_device_eval_batch_size)
+    return asdict(scores["perplexity"])
 
 
-def _row(method: str, rate: float, at_edge: bool, run: RunFolder, test: Path) -> Row:
-    recipe = Recipe.load(run.recipe)
-    scores = evaluate(run.path, data=str(test), recipe=recipe.replace(max_eval_samples=None))["metrics"]
-    summary = json.loads(run.metrics.read_text(encoding="utf-8"))
+def _row(method: str, recipe: Recipe, at_edge: bool, perplexity: dict[str, Any]) -> Row:
+    summary = json.loads(RunFolder(recipe.output_dir).metrics.read_text(encoding="utf-8"))
     return Row(
         method=method,
         rank=recipe.adapter.get("r"),
         parameters=summary["trainable_parameters"],
-        learning_rate=rate,
+        learning_rate=recipe.learning_rate,
         at_edge=at_edge,
-        perplexity=scores["perplexity"],
+        perplexity=perplexity,
         seconds=summary["seconds"],
-        run=str(run.path),
+        run=recipe.output_dir,
     )
 
 
-def _write(output: Path, rows: Sequence[Row], best: Mapping[str, RunFolder]) -> None:
+def _write(output: Path, rows: Sequence[Row]) -> None:
     write_json(output / RESULTS, {"rows": [asdict(row) for row in rows]})
     if curves.can_draw():
-        curves.draw({name: run.rows() for name, run in best.items()}, output / "curves.png", title="validation modules")
+        drawn = {row.method: RunFolder(row.run).rows() for row in rows if row.run is not None}
+        curves.draw(drawn, output / "curves.png", title="validation modules")

@@ -6,6 +6,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .stiefel import RETRACTIONS, random_stiefel
 
@@ -81,6 +82,10 @@ class StiefelLinear(nn.Linear):
     def orthonormal(self) -> Tensor:
         """The weight as Y (rows, R) with orthonormal columns, a view."""
         return self.tall(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., N) to (..., M) in the dtype of x; for half-precision inputs a rounded copy of the factor."""
+        return F.linear(x, self.weight.to(x.dtype))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         def keep_precision(tensor: Tensor) -> Tensor:

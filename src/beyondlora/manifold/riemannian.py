@@ -94,7 +94,13 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
         return
     # Before the look at gradients: there may be none yet, the closure makes them.
     _refuse_closure(optimizer, [*args[1:], *kwargs.values()])
-    stepped = [(layer, layer.weight.grad) for layer in layers if layer.weight.grad is not None]
+    # Where an optimizer calls another one inside its step, the outer one takes the step of the weights they share.
+    elsewhere = {id(gradient): version for step in _steps.values() for gradient, version in step.gradients}
+    stepped = [
+        (layer, layer.weight.grad)
+        for layer in layers
+        if layer.weight.grad is not None and elsewhere.get(id(layer.weight.grad)) != layer.weight.grad._version
+    ]
     for layer, _ in stepped:
         convert_gradient(layer)
     if stepped:
@@ -112,8 +118,22 @@ def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, A
     step.depth -= 1
     if step.depth == 0:
         del _steps[optimizer]
+        _refuse_infinite(optimizer, step)
         for layer, before in step.starts:
             retract(layer, before)
+
+
+def _refuse_infinite(optimizer: Optimizer, step: _Step) -> None:
+    """Put the factors back and raise if the optimizer has made one of them nan or infinite."""
+    if all(torch.isfinite(layer.weight).all() for layer, _ in step.starts):
+        return
+    for layer, before in step.starts:
+        layer.orthonormal.copy_(before)
+    raise FloatingPointError(
+        f"The step of {type(optimizer).__name__} made Stiefel factors nan or infinite: the loss or its gradient was. "
+        "The factors have been put back to where they were before the step; other weights and the optimizer's state "
+        "have not. Try a lower learning rate or gradient clipping, and go on from a checkpoint."
+    )
 
 
 def _refuse_closure(optimizer: Optimizer, arguments: Iterable[Any]) -> None:
