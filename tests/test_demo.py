@@ -5,6 +5,7 @@ import copy
 import io
 import json
 import math
+import multiprocessing
 from collections import Counter
 
 import pytest
@@ -17,6 +18,7 @@ from beyondlora.demo import run as demo_run
 from beyondlora.demo.corpus import module_source, without_docstrings, write_corpus
 from beyondlora.demo.run import demo, free_folder, settings, table
 from beyondlora.evaluate import evaluate
+from beyondlora.progress import Progress
 from beyondlora.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -122,24 +124,40 @@ def test_the_table_says_what_the_runs_say(plan, tmp_path):
     assert "smallest or largest" in demo_run.caption(rows)
 
 
-def test_an_interrupted_demo_goes_on_where_it_stopped(plan, tmp_path, monkeypatch):
-    whole = demo(tmp_path / "whole", plan=plan)
-    train, calls = demo_run.train, []
+class CtrlC(Progress):
+    """Interrupts as soon as one training is through."""
 
-    def interrupted(recipe, **options):
-        calls.append(recipe)
-        if len(calls) == 3:
+    def advance(self, done, note=""):
+        if not note.startswith("0 of"):
             raise KeyboardInterrupt
-        return train(recipe, **options)
 
-    monkeypatch.setattr(demo_run, "train", interrupted)
+
+def test_an_interrupted_demo_goes_on_where_it_stopped(plan, tmp_path):
+    whole = demo(tmp_path / "whole", plan=plan)
     with pytest.raises(KeyboardInterrupt):
-        demo(tmp_path / "demo", plan=plan)
-    first = tmp_path / "demo" / "lora-lr0.001" / "metrics.json"
-    before = first.stat().st_mtime_ns
+        demo(tmp_path / "demo", plan=plan, progress=CtrlC())
+    assert not [process for process in multiprocessing.active_children() if "ForkServerProcess" in process.name]
+    assert not (tmp_path / "demo" / "results.json").exists()
+    finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "demo").glob("*/metrics.json")}
     rows = demo(tmp_path / "demo", plan=plan, resume=True)
-    assert first.stat().st_mtime_ns == before
+    assert finished
+    assert finished == {path: path.stat().st_mtime_ns for path in finished}
     assert [row.perplexity for row in rows] == [row.perplexity for row in whole]
+
+
+def test_a_learning_rate_that_ends_in_nan_loses_and_does_not_stop_the_demo(plan, tmp_path):
+    plan["learning_rates"] = ["1e30", "1e-3"]
+    plan["methods"] = {"LoRA": plan["methods"]["LoRA"]}
+    assert [row.learning_rate for row in demo(tmp_path / "one", plan=plan)] == [None, 1e-3]
+    plan["learning_rates"] = ["1e30"]
+    with pytest.raises(FloatingPointError, match="Every learning rate that was tried with LoRA"):
+        demo(tmp_path / "two", plan=plan)
+
+
+def test_bad_settings_reach_the_caller_as_they_are(plan, tmp_path):
+    plan["methods"] = {"LoRA": {"peft_type": "LORA", "rnk": 3}}
+    with pytest.raises(ValueError, match="LORA has no key 'rnk'"):
+        demo(tmp_path / "demo", plan=plan)
 
 
 def test_a_folder_that_is_not_empty_is_refused_and_the_default_moves_on(plan, tmp_path):

@@ -102,8 +102,3 @@ def test_every_decision_is_a_page_with_its_reason():
     for page in pages:
         assert "**Decision.**" in page.read_text(encoding="utf-8"), page.name
         assert "**Why.**" in page.read_text(encoding="utf-8"), page.name
-
-
-@pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
-def test_every_recipe_is_headed_by_its_own_command(config):
-    assert f"beyondlora train configs/{config.name}" in config.read_text(encoding="utf-8").splitlines()[0]

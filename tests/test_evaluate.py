@@ -107,6 +107,29 @@ def test_what_cannot_be_merged_says_why(runs):
         evaluate(runs / "cera", merged=True)
 
 
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 3},
+        {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 3},
+        {"peft_type": "IA3", "target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+        {"peft_type": "LORA", "use_dora": True, "target_modules": "all-linear"},
+        {"peft_type": "VERA", "r": 4, "target_modules": ["q_proj", "o_proj"]},
+    ],
+    ids=lambda adapter: adapter["peft_type"],
+)
+def test_any_method_of_peft_is_a_baseline(adapter, house, tmp_path):
+    summary = train(small_runs.recipe(house, adapter=adapter, output_dir=str(tmp_path / "run"), max_steps=4))
+    assert evaluate(tmp_path / "run")["metrics"] == summary["metrics"]
+
+
+def test_virtual_tokens_cannot_be_merged(house, tmp_path):
+    adapter = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 3}
+    train(small_runs.recipe(house, adapter=adapter, output_dir=str(tmp_path / "run"), max_steps=2))
+    with pytest.raises(ValueError, match="cannot be merged"):
+        evaluate(tmp_path / "run", merged=True)
+
+
 # Damaged and foreign folders -----------------------------------------------------------------------------------------
 
 

@@ -135,6 +135,6 @@ def _label_names(recipe: Recipe, run: RunFolder | None) -> list[str] | None:
 def _merge(model: PeftModel) -> torch.nn.Module:
     try:
         merged: torch.nn.Module = model.merge_and_unload()
-    except NotImplementedError as error:
-        raise ValueError(str(error)) from error
+    except (AttributeError, NotImplementedError) as error:  # what PEFT raises for its own methods
+        raise ValueError(f"This adapter cannot be merged: {error}") from error
     return merged

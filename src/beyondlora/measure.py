@@ -105,6 +105,7 @@ def _inference(model: torch.nn.Module) -> Iterator[None]:
 def _token_losses(batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """The (summed loss in nats, number of scored tokens) of each row of a batch."""
     logits, labels = batch
+    logits = logits[:, -labels.shape[1] :]  # a method with virtual tokens puts them in front
     targets = labels[:, 1:]
     nll = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), targets, ignore_index=-100, reduction="none")
     return nll.double().sum(dim=1), (targets != -100).sum(dim=1)

@@ -4,7 +4,6 @@ import pytest
 import small_models
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from datasets import Dataset
 from methods import every_method
 from peft import get_peft_model
@@ -14,13 +13,7 @@ from beyondlora import StellaConfig
 from beyondlora.manifold import distance_to_stiefel
 from beyondlora.manifold.linear import StiefelLinear
 
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    """accelerate keeps one state a process: a test in bfloat16 would set the precision of the next one."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 def rows(count: int = 16) -> Dataset:

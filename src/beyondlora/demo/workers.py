@@ -35,9 +35,8 @@ class Workers:
         waiting = set(futures)
         while waiting:
             _, waiting = wait(waiting, timeout=0.5)
-            progress.advance(
-                sum(self._steps), f"run {min(len(futures) - len(waiting) + 1, len(futures))}/{len(futures)}"
-            )
+            finished = len(futures) - len(waiting)
+            progress.advance(sum(self._steps), f"{finished} of {len(futures)} runs finished")
         return [future.result() for future in futures]
 
 
