@@ -9,6 +9,7 @@ import scipy.stats
 import sklearn.metrics
 import small_models
 import torch
+from peft import PromptTuningConfig, get_peft_model
 from torch import nn
 
 from beyondlora.measure import measure
@@ -63,6 +64,14 @@ def test_the_loss_is_that_of_tokens_whatever_the_batch_size(llama, batch_size):
     assert scores["perplexity"].value == pytest.approx(math.exp(scores["loss"].value))
     assert scores["tokens"].value == tokens.sum()
     assert scores["loss"].n == len(rows)
+
+
+def test_virtual_tokens_in_front_are_not_scored():
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model, rows = get_peft_model(small_models.llama(), config).eval(), prompts()
+    means, tokens = row_losses(model, rows)
+    score = measure(model, rows, collate, task="causal-lm", batch_size=1)["loss"]
+    assert score.value == pytest.approx((means * tokens).sum() / tokens.sum(), rel=1e-6)
 
 
 def test_the_standard_error_of_equal_blocks_is_that_of_a_mean(llama):

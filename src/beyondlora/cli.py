@@ -76,6 +76,8 @@ def train(
             from . import train as training
 
             summary = training.train(loaded, resume=resume, overwrite=overwrite, progress=_progress())
+        if not _is_first_process():
+            return
         _show(
             f"{summary['peft_type']}, {summary['trainable_parameters']:,} trainable parameters, "
             f"best step {summary['best_step']} of {summary['steps']}, {summary['seconds']:.0f} s",
@@ -194,9 +196,14 @@ def _say(message: str) -> None:
 
 
 def _progress() -> "Progress":
-    from .progress import progress_on
+    from .progress import Progress, progress_on
 
-    return progress_on(messages)
+    return progress_on(messages) if _is_first_process() else Progress()
+
+
+def _is_first_process() -> bool:
+    """Whether this process speaks for all that a launcher (accelerate, torchrun) started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _show(title: str, metrics: dict[str, Any]) -> None:
