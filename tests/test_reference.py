@@ -7,24 +7,18 @@ Legend of the shape suffixes: T tokens, N inputs, M outputs, R rank, K = G + k b
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import pymanopt
 import pytest
 import reference
 import scipy.integrate
 import scipy.linalg
 import scipy.stats
 import torch
+from manifold.third_party import geoopt, pymanopt, random_point, random_tangent
 from scipy.interpolate import BSpline
-
-with warnings.catch_warnings():
-    # geoopt 0.5.1 compiles its helpers with torch.jit.script while it is imported; torch 2.13 calls that deprecated.
-    warnings.filterwarnings("ignore", message=r"`torch\.jit\.script` is deprecated", category=DeprecationWarning)
-    import geoopt
 
 Array = np.ndarray
 ROUNDING: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-12}  # float64 on both sides, values of order one
@@ -34,17 +28,6 @@ SHAPES = [(7, 3), (12, 1), (10, 5), (5, 5)]  # (M, R): tall, a sphere, wide enou
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
-
-
-def random_stiefel(rng: np.random.Generator, M: int, R: int) -> Array:
-    return scipy.linalg.qr(rng.standard_normal((M, R)), mode="economic")[0]
-
-
-def random_tangent(rng: np.random.Generator, Y_MR: Array) -> Array:
-    """Y A + (I − YYᵀ) C with A skew: every tangent has this form (EAS 2.6), no projection formula involved."""
-    M, R = Y_MR.shape
-    A_RR, C_MR = rng.standard_normal((R, R)), rng.standard_normal((M, R))
-    return Y_MR @ (A_RR - A_RR.T) / 2 + C_MR - Y_MR @ (Y_MR.T @ C_MR)
 
 
 # ------------------------------------------------------------------------------------------------ B-splines
@@ -249,7 +232,7 @@ def test_stella_equals_torchs_product_of_its_factors(rng: np.random.Generator, d
 
 @pytest.mark.parametrize(("M", "R"), SHAPES)
 def test_riemannian_gradient_equals_geoopts(rng: np.random.Generator, M: int, R: int) -> None:
-    Y, G = random_stiefel(rng, M, R), rng.standard_normal((M, R))
+    Y, G = random_point(rng, M, R), rng.standard_normal((M, R))
     expected = geoopt.CanonicalStiefel().egrad2rgrad(*as_torch(Y, G))
     np.testing.assert_allclose(reference.riemannian_gradient(Y, G), expected.numpy(), **ROUNDING)
 
@@ -257,7 +240,7 @@ def test_riemannian_gradient_equals_geoopts(rng: np.random.Generator, M: int, R:
 @pytest.mark.parametrize(("M", "R"), SHAPES)
 def test_riemannian_gradient_represents_the_differential(rng: np.random.Generator, M: int, R: int) -> None:
     """<grad, D> in the canonical metric is the directional derivative tr(GᵀD), for every tangent D."""
-    Y, G = random_stiefel(rng, M, R), rng.standard_normal((M, R))
+    Y, G = random_point(rng, M, R), rng.standard_normal((M, R))
     D = random_tangent(rng, Y)
     gradient = reference.riemannian_gradient(Y, G)
     np.testing.assert_allclose(Y.T @ gradient + gradient.T @ Y, 0.0, **ROUNDING)
@@ -266,28 +249,28 @@ def test_riemannian_gradient_represents_the_differential(rng: np.random.Generato
 
 @pytest.mark.parametrize(("M", "R"), SHAPES)
 def test_canonical_inner_equals_geoopts(rng: np.random.Generator, M: int, R: int) -> None:
-    Y, D1, D2 = random_stiefel(rng, M, R), rng.standard_normal((M, R)), rng.standard_normal((M, R))
+    Y, D1, D2 = random_point(rng, M, R), rng.standard_normal((M, R)), rng.standard_normal((M, R))
     expected = geoopt.CanonicalStiefel().inner(*as_torch(Y, D1, D2))
     np.testing.assert_allclose(reference.canonical_inner(Y, D1, D2), float(expected), **ROUNDING)
 
 
 @pytest.mark.parametrize(("M", "R"), SHAPES)
 def test_tangent_projection_equals_pymanopts(rng: np.random.Generator, M: int, R: int) -> None:
-    Y, D = random_stiefel(rng, M, R), rng.standard_normal((M, R))
+    Y, D = random_point(rng, M, R), rng.standard_normal((M, R))
     expected = pymanopt.manifolds.Stiefel(M, R).projection(Y, D)
     np.testing.assert_allclose(reference.tangent_projection(Y, D), expected, **ROUNDING)
 
 
 @pytest.mark.parametrize(("M", "R"), SHAPES)
 def test_tangent_projection_keeps_tangents_and_removes_normals(rng: np.random.Generator, M: int, R: int) -> None:
-    Y, Z = random_stiefel(rng, M, R), rng.standard_normal((R, R))
+    Y, Z = random_point(rng, M, R), rng.standard_normal((R, R))
     D = random_tangent(rng, Y)
     np.testing.assert_allclose(reference.tangent_projection(Y, D + Y @ (Z + Z.T)), D, **ROUNDING)
 
 
 @pytest.mark.parametrize(("M", "R"), SHAPES)
 def test_polar_retraction_equals_scipys_polar_factor(rng: np.random.Generator, M: int, R: int) -> None:
-    Y = random_stiefel(rng, M, R)
+    Y = random_point(rng, M, R)
     D = random_tangent(rng, Y)
     np.testing.assert_allclose(reference.polar_retraction(Y, D), scipy.linalg.polar(Y + D)[0], **ROUNDING)
 
@@ -297,7 +280,7 @@ def test_polar_retraction_equals_scipys_polar_factor(rng: np.random.Generator, M
 def test_retractions_stay_on_the_manifold_and_start_along_the_tangent(
     rng: np.random.Generator, name: str, M: int, R: int
 ) -> None:
-    retract, Y = getattr(reference, name), random_stiefel(rng, M, R)
+    retract, Y = getattr(reference, name), random_point(rng, M, R)
     D = random_tangent(rng, Y)
     for t in (0.0, 1e-3, 1.0, 5.0):
         X = retract(Y, t * D)
@@ -323,7 +306,7 @@ def integrated_geodesic(Y_MR: Array, D_MR: Array) -> Array:
 
 @pytest.mark.parametrize(("M", "R"), SHAPES)
 def test_exp_map_solves_the_geodesic_equation(rng: np.random.Generator, M: int, R: int) -> None:
-    Y = random_stiefel(rng, M, R)
+    Y = random_point(rng, M, R)
     D = 0.5 * random_tangent(rng, Y)
     # The integrator keeps 1e-12 a step over some tens of steps.
     np.testing.assert_allclose(reference.exp_map(Y, D), integrated_geodesic(Y, D), rtol=0, atol=1e-9)
@@ -331,7 +314,7 @@ def test_exp_map_solves_the_geodesic_equation(rng: np.random.Generator, M: int, 
 
 @pytest.mark.parametrize(("M", "R"), SHAPES)
 def test_exp_map_has_constant_canonical_speed(rng: np.random.Generator, M: int, R: int) -> None:
-    Y = random_stiefel(rng, M, R)
+    Y = random_point(rng, M, R)
     D, t = random_tangent(rng, Y), 1e-5
     for s in (0.0, 0.4, 1.3):
         velocity = (reference.exp_map(Y, (s + t) * D) - reference.exp_map(Y, (s - t) * D)) / (2 * t)
@@ -344,7 +327,7 @@ def test_exp_map_equals_geoopts_and_pymanopts_where_the_metrics_share_geodesics(
     rng: np.random.Generator, M: int, R: int, part: str
 ) -> None:
     """Both libraries follow the Euclidean metric; its geodesics are the canonical ones for YᵀD = 0 and for D = Y A."""
-    Y = random_stiefel(rng, M, R)
+    Y = random_point(rng, M, R)
     vertical = Y @ (Y.T @ random_tangent(rng, Y))
     D = vertical if part == "vertical" else random_tangent(rng, Y)
     D = D if part == "vertical" else D - Y @ (Y.T @ D)
@@ -358,7 +341,7 @@ def test_exp_map_equals_geoopts_and_pymanopts_where_the_metrics_share_geodesics(
 @pytest.mark.parametrize(("M", "R"), SHAPES)
 def test_taylor_remainder_is_of_second_order(rng: np.random.Generator, name: str, M: int, R: int) -> None:
     """f(R_Y(tD)) − f(Y) − t <grad f, D> shrinks as t²: gradient, metric and retraction fit together."""
-    retract, Y = getattr(reference, name), random_stiefel(rng, M, R)
+    retract, Y = getattr(reference, name), random_point(rng, M, R)
     Q, C = rng.standard_normal((M, M)), rng.standard_normal((M, R))
     D = random_tangent(rng, Y)
     D /= np.linalg.norm(D)
@@ -445,7 +428,7 @@ def test_optimizers_follow_a_schedule_on_lr(rng: np.random.Generator) -> None:
 
 def stella_problem(rng: np.random.Generator) -> tuple[list[Array], list[float | None]]:
     M, N, R, hidden = 7, 5, 3, 6
-    params = [random_stiefel(rng, M, R), np.eye(R), random_stiefel(rng, N, R)]
+    params = [random_point(rng, M, R), np.eye(R), random_point(rng, N, R)]
     return params, [np.sqrt(hidden / M), None, np.sqrt(hidden / N)]
 
 
@@ -509,7 +492,7 @@ def test_riemannian_reference_descends_to_the_leading_subspace(rng: np.random.Ge
     """Minimising −tr(YᵀQY) finds the leading eigenvectors' subspace; NumPy's eigh knows the minimum."""
     C = rng.standard_normal((8, 8))
     Q = C @ C.T / 8
-    params = [random_stiefel(rng, 8, 3)]
+    params = [random_point(rng, 8, 3)]
     riemannian = reference.RiemannianReference(reference.SGD(lr=0.1), step_scale=[1.0], retraction=retraction)
     for _ in range(2000):
         riemannian.step(params, [-2 * Q @ params[0]])
@@ -528,7 +511,7 @@ def with_spectrum(rng: np.random.Generator, sigma: list[float], T: int = 20, M: 
     """Outputs whose centred form has these singular values, plus an arbitrary mean."""
     C = rng.standard_normal((T, len(sigma)))
     left = scipy.linalg.orth(C - C.mean(0))
-    return left @ np.diag(sigma) @ random_stiefel(rng, M, len(sigma)).T + rng.standard_normal(M)
+    return left @ np.diag(sigma) @ random_point(rng, M, len(sigma)).T + rng.standard_normal(M)
 
 
 @pytest.mark.parametrize("k", [1, 2, 5, 9])

@@ -1,4 +1,4 @@
-"""geoopt and pymanopt, for this folder's oracles. geoopt is imported here and nowhere else.
+"""geoopt, pymanopt and random points, for the oracles here and in test_reference.py; geoopt is imported only here.
 
 `float64` is the rounding of one evaluation in float64 with values of order one.
 """
