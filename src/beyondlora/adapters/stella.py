@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from ..manifold.linear import StiefelLinear
 from ..manifold.stiefel import RETRACTIONS, random_stiefel
 from .adapter import Adapter
+from .reading import Reading
 
 GEOMETRIES = ("stiefel", "euclidean")
 STARTS = ("rando", "zero", "svd_major", "svd_minor")
@@ -74,6 +75,7 @@ class StellaAdapter(Adapter):
         start: "rando" (random orthonormal), "zero" (the same with S = 0), "svd_major" or "svd_minor" (leading or
             trailing singular vectors of the base weight).
         base_weight: W0 (M, N), needed by the two SVD starts.
+        reading: see `Adapter`. V's rows are tokens beside an embedding and kernel positions beside a convolution.
         device, dtype: of the weights.
 
     Raises: ValueError for R > min(M, N) or an unknown choice.
@@ -93,6 +95,7 @@ class StellaAdapter(Adapter):
         geometry: Literal["stiefel", "euclidean"] = "stiefel",
         start: Literal["rando", "zero", "svd_major", "svd_minor"] = "rando",
         base_weight: Tensor | None = None,
+        reading: Reading | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -112,7 +115,11 @@ class StellaAdapter(Adapter):
             )
 
         super().__init__(
-            down=factor(in_features, rank), up=factor(rank, out_features), scaling=scaling, dropout=dropout
+            down=factor(in_features, rank),
+            up=factor(rank, out_features),
+            scaling=scaling,
+            dropout=dropout,
+            reading=reading,
         )
         self.core: Dense | Diagonal = (Diagonal if diag_s else Dense)(rank, device=device, dtype=dtype)
         self.reset_parameters(start=start, base_weight=base_weight)
