@@ -78,6 +78,30 @@ class Adapter(nn.Module):
             raise ValueError(self.merge_refusal)
         return self.up.weight @ self.static_down_weight() * self.scaling
 
+    def lora_factors(self) -> tuple[Tensor, Tensor]:
+        """The pair (M, R), (R, N) whose product is the weight update ΔW: a LoRA's B, scaling folded in, and its A.
+
+        Raises: ValueError where no such pair exists (see `merge_refusal`).
+        """
+        if self.merge_refusal:
+            raise ValueError(self.merge_refusal)
+        return self.up.weight * self.scaling, self.static_down_weight()
+
+    def adopt(self, up_MK: Tensor, down_KN: Tensor) -> None:
+        """Become the weight update up · down, whose rank is at most R. Scaling stays as it is.
+
+        Raises: ValueError where the core is not linear (see `sum_refusal`).
+        """
+        raise ValueError(self.sum_refusal)
+
+    @property
+    def sum_refusal(self) -> str | None:
+        """Why a weighted sum of such adapters is not such an adapter; None where it is, and `adopt` works."""
+        return (
+            f"Cannot combine {type(self).__name__}s: the core is nonlinear, so a weighted sum of branches is not a "
+            "branch. Activate the adapters together (model.base_model.set_adapter([...])): their outputs add up."
+        )
+
     @property
     def merge_refusal(self) -> str | None:
         """Why the adapter is not a weight update, and what to do; None where it is one."""

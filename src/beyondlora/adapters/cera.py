@@ -75,6 +75,24 @@ class CeraAdapter(Adapter):
         """A itself: only the identity activation has a static form, and dropout is no part of it."""
         return self.down.weight
 
+    @torch.no_grad()
+    def adopt(self, up_MK: torch.Tensor, down_KN: torch.Tensor) -> None:
+        """Become up · down (identity activation only); where K > R = min(M, N), one factor is the identity."""
+        if self.sum_refusal:
+            raise ValueError(self.sum_refusal)
+        if self.rank < len(down_KN):
+            product_MN = up_MK @ down_KN
+            identity_RR = torch.eye(self.rank, dtype=product_MN.dtype, device=product_MN.device)
+            tall = self.rank == self.down.in_features
+            up_MK, down_KN = (product_MN, identity_RR) if tall else (identity_RR, product_MN)
+        self.up.weight.copy_(up_MK / self.scaling)
+        self.down.weight.copy_(down_KN)
+
+    @property
+    def sum_refusal(self) -> str | None:
+        """Only the identity activation is linear."""
+        return None if isinstance(self.activation, nn.Identity) else super().sum_refusal
+
     @property
     def merge_refusal(self) -> str | None:
         """CeRA is nonlinear in x."""

@@ -150,6 +150,28 @@ class StellaAdapter(Adapter):
         kept = slice(0, self.rank) if start == "svd_major" else slice(-self.rank, None)
         return U_MK[:, kept], Vh_KN[kept].mT
 
+    def lora_factors(self) -> tuple[Tensor, Tensor]:
+        """The LoRA that the adapter equals: s·U·S (M, R) and Vᵀ (R, N). No SVD: the factors are there already."""
+        S_RR = self.core(torch.eye(self.rank, dtype=self.up.weight.dtype, device=self.up.weight.device)).mT
+        return self.scaling * self.up.weight @ S_RR, self.down.weight
+
+    @torch.no_grad()
+    def adopt(self, up_MK: Tensor, down_KN: Tensor) -> None:
+        """Become up · down: U, V the bases of its column and row space, S its singular values over the scaling."""
+        Q_MK, upper_KK = torch.linalg.qr(up_MK.double())
+        Q_NK, lower_KK = torch.linalg.qr(down_KN.mT.double())
+        left_KR, sigma_R, right_RK = torch.linalg.svd(upper_KK @ lower_KK.mT, full_matrices=False)
+        kept = slice(0, self.rank)
+        self.up.weight.copy_((Q_MK @ left_KR)[:, kept])
+        self.down.weight.copy_((right_RK @ Q_NK.mT)[kept])
+        S_R = sigma_R[kept] / self.scaling
+        self.core.weight.copy_(S_R if self.core.weight.dim() == 1 else S_R.diag())
+
+    @property
+    def sum_refusal(self) -> str | None:
+        """A sum of such products is such a product."""
+        return None
+
     def parts(self) -> dict[str, nn.Module]:
         """U, S and Vᵀ."""
         return {"U": self.up, "S": self.core, "Vt": self.down}

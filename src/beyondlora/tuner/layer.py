@@ -109,7 +109,10 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             merged = merged + self.get_delta_weight(name).to(merged)
         merged = merged.to(original.dtype)
         if safe_merge and not torch.isfinite(merged).all():
-            raise ValueError(f"Merging {names} gives weights that are not finite: the adapter seems to be broken.")
+            raise ValueError(
+                f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken; the base "
+                "weight is as it was."
+            )
         if self._weight_before_merge is None:
             self._weight_before_merge = original.detach().to("cpu", copy=True)
         self.set_base_weight(merged)
@@ -139,9 +142,9 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         return as_weight(self.adapters[adapter].delta_weight(), self.get_base_layer())
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether the adapter is exactly a weight update, which is what PEFT's `convert_to_lora` factorises."""
+        """Whether the adapter is exactly a linear layer's weight update, which PEFT's `convert_to_lora` factorises."""
         adapter = self.adapters[adapter_name]
-        return not (adapter.merge_refusal or adapter.merge_warning)
+        return adapter.reading is None and not (adapter.merge_refusal or adapter.merge_warning)
 
     def _active(self) -> list[Adapter]:
         return [self.adapters[name] for name in self.active_adapters if name in self.adapters]

@@ -1,5 +1,6 @@
 """AdapterModel: puts adapters beside the layers of a base model, for every method."""
 
+import dataclasses
 import difflib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import nn
 
 from .base_layers import CONVOLUTIONS, is_supported, layer_problem, matrix_shape, reading_of
+from .combine import check_combination, combine, combined_config
 from .config import AdapterConfig, LayerSpec
 from .layer import AdapterLayer
 from .mixed_batch import check_names, handing_out
@@ -97,6 +99,30 @@ class AdapterModel(BaseTuner):
         if hasattr(config, "get_text_config"):
             config = config.get_text_config()
         return getattr(config, "hidden_size", None)
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "cat"
+    ) -> None:
+        """Add a new adapter that is the weighted sum of others, exactly; refused where the core is nonlinear.
+
+        Args:
+            adapters: names of adapters on this model.
+            weights: a factor for each.
+            adapter_name: of the new adapter, whose rank is the sum of theirs (at most the layer's smaller side).
+            combination_type: "cat"; PEFT's others are approximations of LoRA's.
+
+        Raises: ValueError, with the model as it was.
+        """
+        if combination_type != "cat":
+            raise ValueError(f"combination_type={combination_type!r} is not offered; 'cat' is exact.")
+        layers = {name: module for name, module in self.model.named_modules() if isinstance(module, AdapterLayer)}
+        check_combination(layers, self.peft_config, adapters, weights, adapter_name)
+        first = self.peft_config[adapters[0]]
+        self.peft_config[adapter_name] = dataclasses.replace(first, **combined_config(layers, adapters))
+        self.inject_adapter(self.model, adapter_name)
+        for layer in layers.values():
+            if adapter_name in layer.adapters:
+                combine(layer, adapters, weights, adapter_name)
 
     def _check_merge_allowed(self) -> None:
         """Refuse before the first layer is touched if any active adapter is no weight update."""
