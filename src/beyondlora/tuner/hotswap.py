@@ -43,7 +43,9 @@ def hotswap_adapter(
         )
     new = PeftConfig.from_pretrained(str(model_name_or_path), **kwargs)
     _check_config(current, new)
-    weights = load_peft_weights(str(model_name_or_path), device=torch_device or "cpu", **kwargs)
+    loaded = load_peft_weights(str(model_name_or_path), device=torch_device or "cpu", **kwargs)
+    # Beside an adapted embedding PEFT also saves the base model's own table, which nothing of ours has changed.
+    weights = {name: tensor for name, tensor in loaded.items() if ".base_layer." not in name}
     target = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     _check_shapes(target, weights)
     _refuse_merged(model, adapter_name)
