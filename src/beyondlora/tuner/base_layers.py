@@ -13,6 +13,7 @@ from typing import Any
 from peft.tuners.tuners_utils import _get_in_out_features
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from ..adapters.reading import Lookup, Patches, Reading
@@ -37,6 +38,11 @@ def layer_problem(layer: nn.Module) -> str | None:
         return (
             "adapters go beside nn.Linear, transformers' Conv1D, nn.Embedding and nn.Conv1d/2d/3d. Leave it out of "
             "target_modules, or train it in full with modules_to_save."
+        )
+    if _is_tensor_parallel(layer):
+        return (
+            "it is split over devices by tensor parallelism, which PEFT opens to its own LoRA only. Shard the model "
+            "with FSDP2 or DDP instead (accelerate launch)."
         )
     if isinstance(layer, CONVOLUTIONS) and layer.groups > 1:
         return (
@@ -87,3 +93,11 @@ def as_weight(matrix_MN: Tensor, layer: Any) -> Tensor:
 
 def _is_transposed(layer: nn.Module) -> bool:
     return isinstance(layer, (Conv1D, nn.Embedding))
+
+
+def _is_tensor_parallel(layer: nn.Module) -> bool:
+    if getattr(layer, "_hf_tp_plan", None) is not None:  # transformers' mark
+        return True
+    weight = getattr(layer, "weight", None)
+    # FSDP2 stores shards, too, but computes with whole weights; its meshes have this name or none.
+    return isinstance(weight, DTensor) and not set(weight.device_mesh.mesh_dim_names or ()) <= {"fsdp"}
