@@ -14,14 +14,20 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .export import export_lora as export_lora
     from .tuner.methods import AuroraConfig as AuroraConfig
     from .tuner.methods import CeraConfig as CeraConfig
     from .tuner.methods import StellaConfig as StellaConfig
 
 __version__ = "0.1.0.dev0"
 
-_HOME = {"AuroraConfig": ".tuner.methods", "CeraConfig": ".tuner.methods", "StellaConfig": ".tuner.methods"}
-__all__ = ["AuroraConfig", "CeraConfig", "StellaConfig", "__version__"]
+_HOME = {
+    "AuroraConfig": ".tuner.methods",
+    "CeraConfig": ".tuner.methods",
+    "StellaConfig": ".tuner.methods",
+    "export_lora": ".export",
+}
+__all__ = ["AuroraConfig", "CeraConfig", "StellaConfig", "__version__", "export_lora"]
 
 
 def __getattr__(name: str) -> Any:

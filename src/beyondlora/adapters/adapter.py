@@ -62,6 +62,15 @@ class Adapter(nn.Module):
             raise ValueError(self.merge_refusal)
         return self.up.weight @ self.static_down_weight() * self.scaling
 
+    def lora_factors(self) -> tuple[Tensor, Tensor]:
+        """The pair (M, R), (R, N) whose product is the weight update ΔW: a LoRA's B, scaling folded in, and its A.
+
+        Raises: ValueError where no such pair exists (see `merge_refusal`).
+        """
+        if self.merge_refusal:
+            raise ValueError(self.merge_refusal)
+        return self.up.weight * self.scaling, self.static_down_weight()
+
     @property
     def merge_refusal(self) -> str | None:
         """Why the adapter is not a weight update, and what to do; None where it is one."""

@@ -143,6 +143,11 @@ class StellaAdapter(Adapter):
         kept = slice(0, self.rank) if start == "svd_major" else slice(-self.rank, None)
         return U_MK[:, kept], Vh_KN[kept].mT
 
+    def lora_factors(self) -> tuple[Tensor, Tensor]:
+        """The LoRA that the adapter equals: s·U·S (M, R) and Vᵀ (R, N). No SVD: the factors are there already."""
+        S_RR = self.core(torch.eye(self.rank, dtype=self.up.weight.dtype, device=self.up.weight.device)).mT
+        return self.scaling * self.up.weight @ S_RR, self.down.weight
+
     def parts(self) -> dict[str, nn.Module]:
         """U, S and Vᵀ."""
         return {"U": self.up, "S": self.core, "Vt": self.down}
