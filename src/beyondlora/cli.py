@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import yaml
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -167,6 +168,38 @@ def export(
         _show_gap(record, every_layer=report)
         _say(f"Written: {folder}. To serve it:")
         typer.echo(record["serve"])
+
+
+@app.command("import")
+def import_(
+    source: Annotated[Path, typer.Argument(help="An authors' checkpoint (.pt), or an adapter folder of theirs.")],
+    out: Annotated[Path, typer.Option(help="The adapter folder to write.")],
+    base_model: Annotated[
+        str | None, typer.Option(help="Folder or hub name of the base model. Default: as an adapter folder says.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="What the source cannot say: a key of the adapter's config."),
+    ] = None,
+) -> None:
+    """Turn the authors' own files into an adapter folder of ours; nothing missing, nothing left over."""
+    with _explained():
+        settings = {}
+        for setting in set_ or ():
+            key, equals, value = setting.partition("=")
+            if not equals:
+                raise ValueError(f"--set {setting!r} is no KEY=VALUE.")
+            settings[key] = yaml.safe_load(value)
+        from .foreign import import_adapter
+
+        found = import_adapter(source, out, base_model=base_model, settings=settings)
+        typer.echo(
+            f"{found['peft_type']}, r={found['r']}, {found['layers']} layers ({', '.join(found['target_modules'])}) of "
+            f"{found['base_model']}"
+        )
+        if found["repaired"]:
+            _say(f"{len(found['repaired'])} factors were stored rounded, and were put back on the Stiefel manifold.")
+        _say(f"Written: {out}")
 
 
 @app.command()

@@ -14,7 +14,7 @@ What each of them insists on, all at once:
 Legend: N inputs, M outputs, R rank.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..run_folder import write_json, write_text
+from ..targets import fits, is_linear, shortest_targets
 
 RECORD = "export.json"
 PREFIX = "base_model.model."
@@ -68,9 +69,9 @@ def write_lora(
     modules = dict(base.named_modules())
     _check(factors, modules)
     rank = rank or max(A_RN.shape[0] for _, A_RN in factors.values())
-    targets = target_suffixes(factors, modules)
+    targets = shortest_targets(factors, modules)
     complete = factors | {
-        path: _zeros(modules[path]) for path in modules if path not in factors and _fits(path, targets)
+        path: _zeros(modules[path]) for path in modules if path not in factors and fits(path, targets)
     }
     tensors = {}
     for path, (B_MR, A_RN) in complete.items():
@@ -91,41 +92,11 @@ def write_lora(
     return config
 
 
-def target_suffixes(adapted: Iterable[str], modules: Mapping[str, nn.Module]) -> list[str]:
-    """The shortest ends of the adapted layers' names that fit linear layers only.
-
-    >>> target_suffixes(["model.layers.0.self_attn.q_proj"], modules)
-    ["q_proj"]
-    """
-    suffixes = set()
-    for path in adapted:
-        parts = path.split(".")
-        ends = (".".join(parts[-length:]) for length in range(1, len(parts) + 1))
-        suffixes.add(next(end for end in ends if _only_linear(end, modules)))
-    return sorted(suffixes)
-
-
-def _only_linear(end: str, modules: Mapping[str, nn.Module]) -> bool:
-    return all(_is_linear(module) for path, module in modules.items() if _fits(path, [end]))
-
-
-def _fits(path: str, ends: Iterable[str]) -> bool:
-    """PEFT's rule for a list of target modules."""
-    return any(path == end or path.endswith("." + end) for end in ends)
-
-
-def _is_linear(module: nn.Module) -> bool:
-    # Quantised linear layers are nn.Linear, or at least have their sizes.
-    return isinstance(module, (nn.Linear, Conv1D)) or (
-        hasattr(module, "in_features") and hasattr(module, "out_features")
-    )
-
-
 def _check(factors: Factors, modules: Mapping[str, nn.Module]) -> None:
     if not factors:
         raise ValueError("The model has no adapted layer to export.")
     for path, pair in factors.items():
-        if not _is_linear(modules[path]):
+        if not is_linear(modules[path]):
             raise ValueError(
                 f"{path} is a {type(modules[path]).__name__}: servers take LoRA beside linear layers only. Export the "
                 "model merged (--to merged), or leave the layer out of target_modules."
