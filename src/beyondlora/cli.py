@@ -128,7 +128,10 @@ def export(
     ] = None,
     distil: Annotated[
         str | None,
-        typer.Option(metavar="DATA", help="For an adapter that is no weight update: fit the nearest LoRA on DATA."),
+        typer.Option(
+            metavar="DATA",
+            help="For an adapter that is no weight update: fit the nearest LoRA on DATA (train: the run's own rows).",
+        ),
     ] = None,
     rank: Annotated[int | None, typer.Option(help="Of the distilled LoRA. Default: the adapter's.")] = None,
     round_rank: Annotated[

@@ -1,7 +1,10 @@
 """export_lora: a folder that the strictest readers take, equal to the adapter wherever that is exactly a LoRA."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from methods import METHODS, every_method
 from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 import beyondlora
 from beyondlora.export import lora_gap
@@ -418,3 +422,22 @@ def test_a_model_that_reads_no_text_needs_batches(tmp_path):
     with pytest.raises(ValueError, match="pass batches"):
         beyondlora.export_lora(model, tmp_path / "lora", base_model=BASE)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif("LLAMA_CPP" not in os.environ, reason="needs a checkout of llama.cpp: LLAMA_CPP=path")
+def test_llama_cpps_own_converter_takes_the_folder(house, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(house / "base")
+    model = trained(beyondlora.StellaConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM"), base)
+    beyondlora.export_lora(model, tmp_path / "lora")
+    command = [sys.executable, "convert_lora_to_gguf.py", "--base", house / "base", tmp_path / "lora"]
+    done = subprocess.run(
+        [*map(str, command), "--outfile", str(tmp_path / "lora.gguf")],
+        cwd=os.environ["LLAMA_CPP"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    import gguf
+
+    names = {tensor.name for tensor in gguf.GGUFReader(tmp_path / "lora.gguf").tensors}
+    assert len(names) == len(files(tmp_path / "lora")[1]) == 28

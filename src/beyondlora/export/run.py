@@ -19,6 +19,7 @@ from .lora import export_lora
 from .merged import export_merged
 from .rows import prompts_for
 
+OWN_ROWS = "train"
 FEW = 2  # batches that an export is compared on where no report is asked for
 
 
@@ -40,8 +41,8 @@ def export(
         target: a run folder or an adapter folder.
         folder: to write.
         to: "lora" (a plain LoRA folder) or "merged" (a whole model).
-        distil: data to fit the nearest LoRA on, for an adapter that is no weight update. Where it is the recipe's own
-            training data, its training rows are meant: the evaluation rows stay unseen.
+        distil: data to fit the nearest LoRA on, for an adapter that is no weight update; "train" = the run's own
+            training rows. Of the recipe's own training file, too, only those are used: the evaluation rows stay unseen.
         rank, round_rank: see `export_lora`.
         data, recipe: what to compare on and how to read it; None = the run's own evaluation rows.
         report: compare on all of these rows, and measure base, live and exported model; always done when distilling.
@@ -76,7 +77,7 @@ def export(
 
 def _rows_to_distil(opened: Opened, name: str) -> data_module.Evaluation | data_module.Splits:
     recipe = opened.recipe
-    if Path(name).resolve() == Path(recipe.dataset_name).resolve():
+    if name == OWN_ROWS or Path(name).resolve() == Path(recipe.dataset_name).resolve():
         return data_module.prepare(data_module.read_splits(recipe), opened.processor, recipe)
     return opened.rows(name, max_eval_samples=None)
 
