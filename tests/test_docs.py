@@ -74,6 +74,7 @@ def test_the_beyondlora_commands_run_in_the_order_of_the_documents(tmp_path):
             cwd=tmp_path,
             env={
                 "PATH": "/usr/bin:/bin",
+                "PYTHONPATH": str(ROOT / "src"),
                 "BEYONDLORA_SHARED": str(SHARED),
                 "HF_HUB_OFFLINE": "1",
                 "HOME": str(tmp_path),

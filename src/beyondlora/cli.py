@@ -164,6 +164,7 @@ def export(
             data=data,
             recipe=loaded,
             report=report,
+            progress=_progress(),
         )
         if as_json:
             typer.echo(json.dumps(record, indent=2))

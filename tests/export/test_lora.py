@@ -22,7 +22,7 @@ from beyondlora.export import lora_gap
 EXACT = [method for method in METHODS if method.merge == "exact"]
 exact_methods = pytest.mark.parametrize("method", EXACT, ids=lambda method: method.name)
 TARGETS = ["q_proj", "down_proj"]
-BASE = "someone/base"
+BASE = "./somewhere/base"  # not a hub name: nobody is asked for its tokenizer
 pytestmark = pytest.mark.filterwarnings("ignore:The PEFT config's `base_model_name_or_path` was renamed")
 static_warning = pytest.mark.filterwarnings("ignore:Merging AuroRA")
 

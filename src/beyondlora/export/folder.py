@@ -14,7 +14,6 @@ What each of them insists on, all at once:
 Legend: N inputs, M outputs, R rank.
 """
 
-from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..run_folder import write_json, write_text
-from ..targets import fits, is_linear, shortest_targets
+from ..targets import fits, shortest_targets
 
 RECORD = "export.json"
 PREFIX = "base_model.model."
@@ -64,10 +63,10 @@ def write_lora(
         rank: of the whole folder; None = that of the largest layer.
 
     Returns: the config as written.
-    Raises: ValueError for a layer that is not linear or factors that are not finite.
+    Raises: ValueError for factors that are not finite.
     """
     modules = dict(base.named_modules())
-    _check(factors, modules)
+    _check_finite(factors)
     rank = rank or max(A_RN.shape[0] for _, A_RN in factors.values())
     targets = shortest_targets(factors, modules)
     complete = factors | {
@@ -92,15 +91,8 @@ def write_lora(
     return config
 
 
-def _check(factors: Factors, modules: Mapping[str, nn.Module]) -> None:
-    if not factors:
-        raise ValueError("The model has no adapted layer to export.")
+def _check_finite(factors: Factors) -> None:
     for path, pair in factors.items():
-        if not is_linear(modules[path]):
-            raise ValueError(
-                f"{path} is a {type(modules[path]).__name__}: servers take LoRA beside linear layers only. Export the "
-                "model merged (--to merged), or leave the layer out of target_modules."
-            )
         if not all(torch.isfinite(matrix).all() for matrix in pair):
             raise ValueError(f"{path}: the adapter's weights are not finite (nan or infinity); it is broken.")
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from ..attach import quiet
 from ..run_folder import replacing
+from ..targets import is_linear
 from ..tuner.layer import AdapterLayer
 from .distil import distil
 from .folder import PREFIX, Factors, as_text, check_free, serving_command, vllm_rank, write_lora, write_record
@@ -142,6 +143,12 @@ def adapted_layers(model: PeftModel) -> Adapted:
 def _form(model: PeftModel, adapted: Adapted, *, distilling: bool, rank: int | None) -> str:
     """Refuse what no plain LoRA can hold; return what the LoRA is: "exact", "static" or "distilled"."""
     _check_only_adapters(model.peft_config[model.active_adapter])
+    for path, (layer, _) in adapted.items():
+        if not is_linear(layer.get_base_layer()):
+            raise ValueError(
+                f"{path} is a {type(layer.get_base_layer()).__name__}: servers take LoRA beside linear layers only. "
+                "Export the model merged (--to merged), or leave the layer out of target_modules."
+            )
     if any(layer.merged for layer, _ in adapted.values()):
         raise ValueError("The adapter is merged into the base weights; call model.unmerge_adapter() first.")
     refusals = {adapter.merge_refusal for _, adapter in adapted.values()} - {None}

@@ -1,5 +1,6 @@
 """From a run or an adapter folder to what a server loads: `beyondlora export`."""
 
+from collections.abc import Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -13,11 +14,12 @@ from .. import data as data_module
 from .. import models
 from ..evaluate import Opened, device, open_target
 from ..measure import as_dict, measure
+from ..progress import Progress
 from ..recipe import Recipe
 from .folder import check_free
 from .lora import export_lora
 from .merged import export_merged
-from .rows import prompts_for
+from .rows import Batch, prompts_for
 
 OWN_ROWS = "train"
 FEW = 2  # batches that an export is compared on where no report is asked for
@@ -34,6 +36,7 @@ def export(
     data: str | None = None,
     recipe: Recipe | None = None,
     report: bool = False,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Export a run's best adapter, or any adapter folder.
 
@@ -46,6 +49,7 @@ def export(
         rank, round_rank: see `export_lora`.
         data, recipe: what to compare on and how to read it; None = the run's own evaluation rows.
         report: compare on all of these rows, and measure base, live and exported model; always done when distilling.
+        progress: shows the way; None = silent.
 
     Returns: what export.json holds.
     Raises: FileNotFoundError, FileExistsError, ValueError.
@@ -55,13 +59,16 @@ def export(
     if to == "merged" and (distil or rank or round_rank):
         raise ValueError("--distil, --rank and --round-rank shape a LoRA; a merged model has none.")
     check_free(folder)
+    progress = progress or Progress()
     report = report or distil is not None
     opened = open_target(target, data=data, recipe=recipe, needs_rows=report)
     evaluation = opened.rows() if opened.measurable else None
-    distil_on = None if distil is None else _batches(_rows_to_distil(opened, distil), opened.recipe)
+    distil_on = None
+    if distil is not None:
+        distil_on = _Shown(_batches(_rows_to_distil(opened, distil), opened.recipe), progress, "distilling")
     model: Any = opened.load().to(device())
-    batches, about = _to_compare(opened, model, evaluation, report)
-    score = partial(_score, evaluation=evaluation, recipe=opened.recipe) if report and evaluation else None
+    batches, about = _to_compare(opened, model, evaluation, report, progress)
+    score = partial(_score, evaluation, opened.recipe, progress) if report and evaluation else None
     shared = {"batches": batches, "score": score, "compared_on": about}
     if to == "merged":
         return export_merged(
@@ -88,28 +95,48 @@ def _batches(rows: data_module.Evaluation | data_module.Splits, recipe: Recipe) 
 
 
 def _to_compare(
-    opened: Opened, model: PeftModel, evaluation: data_module.Evaluation | None, report: bool
+    opened: Opened, model: PeftModel, evaluation: data_module.Evaluation | None, report: bool, progress: Progress
 ) -> tuple[Any, str]:
     """Batches to compare on, and what they are."""
     if evaluation is None:
         return prompts_for(model.get_base_model(), opened.recipe.model_name_or_path)
     loader: Any = _batches(evaluation, opened.recipe)
     if report:
-        return loader, evaluation.description
+        return _Shown(loader, progress, "comparing"), evaluation.description
     return list(islice(loader, FEW)), f"the first {FEW} batches of {evaluation.description}"
 
 
-def _score(network: nn.Module, *, evaluation: data_module.Evaluation, recipe: Recipe) -> dict[str, Any]:
-    return as_dict(
-        measure(
-            network,
-            evaluation.rows,
-            evaluation.collator,
-            task=recipe.task,
-            batch_size=recipe.per_device_eval_batch_size,
-            bf16=recipe.bf16,
-        )
+def _score(
+    evaluation: data_module.Evaluation, recipe: Recipe, progress: Progress, network: nn.Module
+) -> dict[str, Any]:
+    progress.begin("measuring", len(evaluation.rows))
+    scores = measure(
+        network,
+        evaluation.rows,
+        evaluation.collator,
+        task=recipe.task,
+        batch_size=recipe.per_device_eval_batch_size,
+        bf16=recipe.bf16,
+        on_batch=lambda done, _rows: progress.advance(done),
     )
+    progress.end()
+    return as_dict(scores)
+
+
+class _Shown:
+    """Batches whose passing shows on a progress bar."""
+
+    def __init__(self, loader: "DataLoader[Any]", progress: Progress, what: str) -> None:
+        self.loader, self.progress, self.what = loader, progress, what
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.progress.begin(self.what, len(self.loader))
+        try:
+            for done, batch in enumerate(self.loader):
+                self.progress.advance(done)
+                yield batch
+        finally:
+            self.progress.end()
 
 
 def _reload(opened: Opened, folder: Path) -> nn.Module:
