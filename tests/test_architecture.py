@@ -20,6 +20,7 @@ LEVELS = {
     "export": 6,
     "foreign": 6,
     "demo": 7,
+    "doctor": 7,
     "cli": 8,
     "__main__": 9,
 }
