@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .export import export_lora as export_lora
+    from .tuner.hotswap import hotswap_adapter as hotswap_adapter
     from .tuner.methods import AuroraConfig as AuroraConfig
     from .tuner.methods import CeraConfig as CeraConfig
     from .tuner.methods import StellaConfig as StellaConfig
@@ -26,8 +27,9 @@ _HOME = {
     "CeraConfig": ".tuner.methods",
     "StellaConfig": ".tuner.methods",
     "export_lora": ".export",
+    "hotswap_adapter": ".tuner.hotswap",
 }
-__all__ = ["AuroraConfig", "CeraConfig", "StellaConfig", "__version__", "export_lora"]
+__all__ = ["AuroraConfig", "CeraConfig", "StellaConfig", "__version__", "export_lora", "hotswap_adapter"]
 
 
 def __getattr__(name: str) -> Any:

@@ -38,6 +38,7 @@ class CeraConfig(AdapterConfig):
             dropout=self.lora_dropout,
             activation=self.cera_activation,
             noop_start=self.init_lora_weights is True,
+            reading=layer.reading,
         )
 
 
@@ -87,6 +88,7 @@ class AuroraConfig(AdapterConfig):
             scaling=layer.scaling,
             dropout=self.lora_dropout,
             noop_start=self.init_lora_weights is True,
+            reading=layer.reading,
             activation=self.aurora_activation,
             spline=self.aurora_spline,
             fixed=self.aurora_fixed,
@@ -161,6 +163,7 @@ class StellaConfig(AdapterConfig):
             geometry=self.stella_geometry,
             start=start,
             base_weight=layer.base_weight() if start.startswith("svd") else None,
+            reading=layer.reading,
         )
 
     def starts(self) -> tuple[bool | str, ...]:
