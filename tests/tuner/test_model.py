@@ -18,7 +18,7 @@ from beyondlora.manifold.linear import StiefelLinear
 from beyondlora.tuner.layer import AdapterLayer
 
 IDS = small_models.tokens()
-MERGE_WARNING = r"Merging AuroRA folds its static form.*evaluate RUN --merged"
+MERGE_WARNING = r"Merging AuroRA folds its static form.*export ADAPTER --report"
 
 
 def adapted(method, base=None, **options):

@@ -152,8 +152,9 @@ class AuroraAdapter(Adapter):
         """The static form is an approximation."""
         return (
             "Merging AuroRA folds its static form s·B·σ(A) into the weights: σ(A)x is not σ(Ax), so the merged model "
-            "differs from the trained one. Measure it on your data before you rely on it: `beyondlora evaluate RUN` "
-            "against `beyondlora evaluate RUN --merged`, or AuroraAdapter.static_gap(x) for one layer."
+            "differs from the trained one, sometimes beyond use. Measure it on your data before you rely on it: "
+            "`beyondlora export ADAPTER --report`, or AuroraAdapter.static_gap(x) for one layer. `beyondlora export "
+            "ADAPTER --distil DATA` fits a nearer LoRA."
         )
 
 

@@ -100,5 +100,6 @@ class CeraAdapter(Adapter):
             return None
         return (
             "Cannot merge a CeRA adapter: it is nonlinear in x, so no weight matrix equals base + adapter. Keep it "
-            "attached (model.save_pretrained, PeftModel.from_pretrained), or train LoRA or StelLA, which merge exactly."
+            "attached (model.save_pretrained, PeftModel.from_pretrained), distil it to the nearest LoRA on your data "
+            "(beyondlora export ADAPTER --to lora --distil DATA), or train LoRA or StelLA, which merge exactly."
         )

@@ -45,6 +45,8 @@ class AdapterConfig(PeftConfig):
     """Fields of every method, named and meant as in `peft.LoraConfig`."""
 
     method: ClassVar[str]
+    # How the authors' own checkpoints call the weights, `<layer>.<method>.<name>.weight` → letter; {} = not at all.
+    checkpoint_names: ClassVar[dict[str, str]] = {}
 
     r: int = option("Rank R of the bottleneck, at least 1.", default=8)
     lora_alpha: float | None = option("Scaling numerator: s = lora_alpha / r. None means s = 1.", default=None)

@@ -22,6 +22,7 @@ class CeraConfig(AdapterConfig):
     """
 
     method: ClassVar[str] = "cera"
+    checkpoint_names: ClassVar[dict[str, str]] = {"A": "A", "B": "B", "up_proj": "A", "down_proj": "B"}  # old: last two
 
     r: int = option("Rank R of the bottleneck, at least 1.", default=64)
     lora_dropout: float = option("Dropout probability in [0, 1) of the bottleneck units, in training.", default=0.1)
