@@ -17,6 +17,7 @@ LEVELS = {
     "attach": 4,
     "evaluate": 5,
     "train": 6,
+    "analyse": 6,
     "demo": 7,
     "cli": 8,
     "__main__": 9,
