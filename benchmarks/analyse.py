@@ -133,8 +133,8 @@ def main() -> None:
             "",
             where,
             "",
-            f"Seconds a layer, median (least) of {arguments.large_rounds} rounds, r = {RANK}, {TOKENS:,} tokens; CPU seconds "
-            "add up both threads:",
+            f"Seconds a layer, median (least) of {arguments.large_rounds} rounds, r = {RANK}, {TOKENS:,} tokens; CPU "
+            "seconds add up both threads:",
             "",
             "| layer | outputs | linear: wall | CPU | nonlinear: wall | CPU |",
             "|---|---|---|---|---|---|",
