@@ -19,6 +19,7 @@ LEVELS = {
     "train": 6,
     "analyse": 6,
     "demo": 7,
+    "doctor": 7,
     "cli": 8,
     "__main__": 9,
 }
