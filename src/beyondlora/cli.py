@@ -282,14 +282,14 @@ def _is_first_process() -> bool:
 
 ANALYSIS_COLUMNS = {
     "r": ("rank", "{:g}"),
-    "effective rank": ("effective_rank", "{:.2f}"),
-    "manifold dimension": ("manifold_dimension", "{:.1f}"),
-    "stable rank": ("stable_rank", "{:.2f}"),
-    "rank of ΔW": ("update_effective_rank", "{:.2f}"),
-    "nonlinear": ("nonlinear_share", "{:.1%}"),
+    "effective\nrank": ("effective_rank", "{:.2f}"),
+    "manifold\ndim.": ("manifold_dimension", "{:.1f}"),
+    "stable\nrank": ("stable_rank", "{:.2f}"),
+    "rank\nof ΔW": ("update_effective_rank", "{:.2f}"),
+    "non-\nlinear": ("nonlinear_share", "{:.1%}"),
     "dead": ("dead_units", "{:.1%}"),
-    "saturated": ("saturated", "{:.1%}"),
-    "off Stiefel": ("orthonormality", "{:.0e}"),
+    "satu-\nrated": ("saturated", "{:.1%}"),
+    "off\nStiefel": ("orthonormality", "{:.0e}"),
 }
 
 
@@ -302,7 +302,7 @@ def _show_analysis(result: dict[str, Any]) -> None:
         if any(mean[column[0]] is not None for mean in means.values())
     }
     table = Table()
-    table.add_column("adapter")
+    table.add_column("adapter", overflow="fold")
     for heading in told:
         table.add_column(heading, justify="right")
     for label, mean in means.items():

@@ -106,7 +106,7 @@ def test_the_table_and_json(runs, house):
     done = call(*arguments)
     assert done.exit_code == 0, done.output
     assert "300 tokens of" in done.stdout
-    assert "nonlinear" in done.stdout
+    assert "effective" in done.stdout
     assert "cera and stella" in done.stdout
     as_json = call(*arguments, "--json")
     assert [a["peft_type"] for a in json.loads(as_json.stdout)["adapters"]] == ["CERA", "STELLA"]
