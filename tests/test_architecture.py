@@ -17,6 +17,7 @@ LEVELS = {
     "attach": 4,
     "evaluate": 5,
     "train": 6,
+    "analyse": 6,
     "export": 6,
     "foreign": 6,
     "demo": 7,

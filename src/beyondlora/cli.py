@@ -120,6 +120,37 @@ def evaluate(
 
 
 @app.command()
+def analyse(
+    targets: Annotated[
+        list[Path], typer.Argument(help="Run folders or adapter folders, of one base model.", metavar="ADAPTER...")
+    ],
+    data: Annotated[
+        str | None, typer.Option(help="What to run through the model. Default: the runs' own evaluation rows.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for analysis.json, layers.csv, spectra.csv and the pictures.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="The first so many tokens of the data.")] = 16_384,
+    recipe: Annotated[Path | None, typer.Option(help="How to read the data. Default: as each run did.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Show what adapters do on real data: spectra, effective ranks, dead units, subspaces, splines."""
+    with _explained():
+        loaded = Recipe.load(recipe) if recipe else None
+        from . import analyse as analysis
+
+        result = analysis.analyse(
+            targets, data=data, recipe=loaded, out=out, max_tokens=max_tokens, progress=_progress()
+        )
+        if as_json:
+            typer.echo(json.dumps(result, indent=2))
+        else:
+            _show_analysis(result)
+        if out is not None:
+            _say(f"Written: {out}")
+
+
+@app.command()
 def export(
     target: Annotated[Path, typer.Argument(help="A run folder, or an adapter folder.", metavar="RUN_OR_ADAPTER")],
     to: Annotated[str, typer.Option(help="'lora': a plain LoRA any server loads. 'merged': a whole model.")] = "lora",
@@ -348,6 +379,58 @@ def _progress() -> "Progress":
 def _is_first_process() -> bool:
     """Whether this process speaks for all that a launcher (accelerate, torchrun) started."""
     return os.environ.get("RANK", "0") == "0"
+
+
+ANALYSIS_COLUMNS = {
+    "r": ("rank", "{:g}"),
+    "effective\nrank": ("effective_rank", "{:.2f}"),
+    "manifold\ndim.": ("manifold_dimension", "{:.1f}"),
+    "stable\nrank": ("stable_rank", "{:.2f}"),
+    "rank\nof ΔW": ("update_effective_rank", "{:.2f}"),
+    "non-\nlinear": ("nonlinear_share", "{:.1%}"),
+    "dead": ("dead_units", "{:.1%}"),
+    "satu-\nrated": ("saturated", "{:.1%}"),
+    "off\nStiefel": ("orthonormality", "{:.0e}"),
+}
+
+
+def _show_analysis(result: dict[str, Any]) -> None:
+    """Print averages over layers, and how far each two adapters write into the same directions."""
+    means = {adapter["label"]: adapter["mean"] for adapter in result["adapters"]}
+    told = {
+        heading: column
+        for heading, column in ANALYSIS_COLUMNS.items()
+        if any(mean[column[0]] is not None for mean in means.values())
+    }
+    table = Table()
+    table.add_column("adapter", overflow="fold")
+    for heading in told:
+        table.add_column(heading, justify="right")
+    for label, mean in means.items():
+        table.add_row(label, *("" if mean[key] is None else form.format(mean[key]) for key, form in told.values()))
+    console = Console()
+    first = next(iter(means.values()))
+    measured = f"{first['tokens']:,} tokens of {result['data']}; means over {first['layers']} layers"
+    console.print(f"{measured}, {result['seconds']:.0f} s", markup=False, highlight=False)
+    console.print(table)
+    for label, mean in means.items():
+        if mean["left_out"]:
+            names = ", ".join(mean["left_out"][:3]) + (", ..." if len(mean["left_out"]) > 3 else "")
+            _say(f"{label}: left out, for they saw too few tokens or add nothing that varies: {names}")
+        if mean["rank"] and mean["tokens"] <= mean["rank"]:
+            _say(f"{label}: {mean['tokens']} tokens bound every rank here below r; give more.")
+    if result["subspaces"]:
+        _show_subspaces(console, result["subspaces"])
+
+
+def _show_subspaces(console: Console, pairs: list[dict[str, Any]]) -> None:
+    table = Table(title="Leading output directions: overlap (mean cos² of the principal angles)", title_justify="left")
+    for heading in ("adapters", "overlap", "by chance"):
+        table.add_column(heading, justify="left" if heading == "adapters" else "right")
+    for pair in pairs:
+        numbers = ("" if pair[key] is None else f"{pair[key]:.2f}" for key in ("overlap", "chance"))
+        table.add_row(f"{pair['a']} and {pair['b']}", *numbers)
+    console.print(table)
 
 
 def _show(title: str, metrics: dict[str, Any]) -> None:

@@ -89,6 +89,16 @@ class Spline(nn.Module):
             self.weight.dtype
         )
 
+    def curves(self, z_P: Tensor) -> Tensor:
+        """What one component at z adds, (P, R): to each of the R outputs (pooled), or to its own (per_dim)."""
+        return self.basis(z_P) @ self.weight.mT
+
+    def occupancy(self, z: Tensor) -> Tensor:
+        """How many entries of z fall below the grid, into each of its G intervals, and beyond it: (G + 2,)."""
+        low, high = self.grid_range
+        edges = torch.linspace(low, high, self.grid_size + 1, dtype=z.dtype, device=z.device)
+        return torch.bincount(torch.bucketize(z.reshape(-1), edges, right=True), minlength=self.grid_size + 2)
+
     def extra_repr(self) -> str:
         """Grid for `repr`."""
         return f"grid_size={self.grid_size}, order={self.order}, grid_range={self.grid_range}"
