@@ -19,6 +19,7 @@ LEVELS = {
     "evaluate": 5,
     "train": 6,
     "demo": 7,
+    "doctor": 7,
     "compare": 8,
     "cli": 9,
     "__main__": 10,
