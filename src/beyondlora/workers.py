@@ -16,8 +16,6 @@ from typing import Any
 
 from .progress import Progress
 
-PRELOAD = ["beyondlora.train", "beyondlora.evaluate"]  # loaded once, by the fork server, for all workers
-
 
 class WorkerDiedError(RuntimeError):
     """A worker ended without a result: it was killed, or ran out of memory."""
@@ -42,11 +40,11 @@ def side_by_side(
     >>> for number, result in side_by_side(train_one, [(recipe,) for recipe in recipes], count=2):
     ...     ...
     """
-    # A fork server loads the libraries once for all workers; Windows has none.
+    # A fork server loads the function's module, and with it the libraries, once for all workers; Windows has none.
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context: Any = multiprocessing.get_context(method)
     if method == "forkserver":
-        context.set_forkserver_preload(PRELOAD)
+        context.set_forkserver_preload([function.__module__])
     steps = context.Array("i", max(len(tasks), 1))
     waiting = list(range(len(tasks)))[::-1]
     running: dict[Any, tuple[int, Any]] = {}  # its end of the pipe -> (task number, process)

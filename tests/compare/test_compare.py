@@ -156,6 +156,7 @@ def test_published_lines_have_what_peft_s_own_table_reads(finished):
 # Killed and continued ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_killed_at_any_time_the_same_command_goes_on_to_the_same_figures(house, tmp_path):
     whole = compare(grid(house, tmp_path / "whole"), jobs=2)
     path = tmp_path / "grid.yaml"
