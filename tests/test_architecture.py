@@ -18,13 +18,15 @@ LEVELS = {
     "attach": 4,
     "evaluate": 5,
     "train": 6,
+    "export": 6,
+    "foreign": 6,
     "demo": 7,
     "doctor": 7,
     "compare": 8,
     "cli": 9,
     "__main__": 10,
 }
-LEAVES = {"recipe", "models", "data", "measure", "progress", "curves", "run_folder"}
+LEAVES = {"targets", "recipe", "models", "data", "measure", "progress", "curves", "run_folder"}
 HELPERS = {"recorder": "train"}  # parts of a room that stand beside it
 METHOD_HOMES = {"adapters/cera.py", "adapters/aurora.py", "adapters/stella.py", "adapters/__init__.py"}
 METHOD_HOMES |= {"tuner/methods.py", "__init__.py"}
