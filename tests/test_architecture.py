@@ -12,6 +12,7 @@ PACKAGE = ROOT / "src" / "beyondlora"
 # A module imports from lower levels and from its own room only. Leaves import nothing of ours.
 LEVELS = {
     "manifold": 1,
+    "workers": 1,
     "adapters": 2,
     "tuner": 3,
     "attach": 4,
@@ -22,8 +23,9 @@ LEVELS = {
     "foreign": 6,
     "demo": 7,
     "doctor": 7,
-    "cli": 8,
-    "__main__": 9,
+    "compare": 8,
+    "cli": 9,
+    "__main__": 10,
 }
 LEAVES = {"targets", "recipe", "models", "data", "measure", "progress", "curves", "run_folder"}
 HELPERS = {"recorder": "train"}  # parts of a room that stand beside it

@@ -262,6 +262,43 @@ def demo(
 
 
 @app.command()
+def compare(
+    grid: Annotated[
+        Path, typer.Argument(help="A grid (YAML): a recipe with methods, learning rates and seeds.", metavar="GRID")
+    ],
+    set_: Overrides = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Runs side by side. Default: one a core.")] = None,
+    join: Annotated[
+        list[Path] | None, typer.Option(help="The output folder of another comparison, to stand in the table too.")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Begin a grid of many runs or hours.")] = False,
+) -> None:
+    """Compare methods fairly: search learning rates for all alike, repeat seeds, and say what is noise."""
+    with _explained():
+        from .compare import comparison, words
+        from .compare.grid import Grid
+
+        loaded = Grid.load(grid, set_ or ())
+        try:
+            outcome = comparison.compare(
+                loaded,
+                title=loaded.title or grid.stem,
+                command=["beyondlora", *sys.argv[1:]],
+                joined=join or (),
+                jobs=jobs,
+                yes=yes,
+                progress=_progress(),
+            )
+        except KeyboardInterrupt:
+            _say("The comparison can be continued: the same command again.")
+            raise
+        Console().print(words.table(outcome))
+        for sentence in [*words.verdicts(outcome), *outcome.notes]:
+            typer.echo(f"- {sentence}")
+        _say(f"report.html, report.md, results.jsonl and the runs: {loaded.output}")
+
+
+@app.command()
 def doctor(
     recipe: Annotated[
         Path | None, typer.Argument(help="A recipe: will it run? Without one: what works here?", metavar="[RECIPE]")

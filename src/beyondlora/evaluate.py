@@ -17,7 +17,7 @@ from peft import PeftModel
 from . import data as data_module
 from . import models
 from .attach import config_in, load_adapter
-from .measure import as_dict, measure
+from .measure import Outcomes, as_dict, measure
 from .recipe import Recipe
 from .run_folder import RunFolder
 
@@ -32,6 +32,7 @@ def evaluate(
     batch_size: int | None = None,
     merged: bool = False,
     on_batch: Callable[[int, int], None] | None = None,
+    on_outcomes: Callable[[Outcomes], None] | None = None,
 ) -> dict[str, Any]:
     """Measure a run's best adapter, or any adapter folder.
 
@@ -41,6 +42,7 @@ def evaluate(
         recipe: how to read the data; None = the run's own.
         batch_size: None = the recipe's.
         merged: fold the adapter into the base first; for methods whose merge is an approximation this measures it.
+        on_batch, on_outcomes: see `measure`.
 
     Returns: a mapping with "metrics" ({name: {value, stderr, n}}) and what they were measured on.
     Raises: FileNotFoundError, ValueError.
@@ -59,6 +61,7 @@ def evaluate(
         batch_size=batch_size or recipe.per_device_eval_batch_size,
         bf16=recipe.bf16,
         on_batch=on_batch,
+        on_outcomes=on_outcomes,
     )
     return {
         "adapter": str(opened.folder),

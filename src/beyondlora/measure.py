@@ -17,6 +17,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+VERSION = 1  # changes whenever a figure's definition does: figures of two versions do not stand in one table
 RESAMPLES = 400  # of the bootstrap; its own error on a standard error is then about 4 %
 
 
@@ -30,6 +31,7 @@ class Measurement:
 
 
 Measurements = dict[str, Measurement]
+Outcomes = dict[str, np.ndarray]  # name -> one number a row, in the order of the rows
 
 
 def measure(
@@ -42,6 +44,7 @@ def measure(
     bf16: bool = False,
     resample: bool = True,
     on_batch: Callable[[int, int], None] | None = None,
+    on_outcomes: Callable[[Outcomes], None] | None = None,
 ) -> Measurements:
     """Measure a model on prepared rows; its training mode and every random generator stay as they were.
 
@@ -52,17 +55,29 @@ def measure(
         bf16: compute under bfloat16 autocast, as training with `bf16: true` does.
         resample: also the figures whose standard error takes resampling (Matthews, F1, correlations); slower.
         on_batch: called with (rows done, rows in all) after each batch.
+        on_outcomes: called once with what every row came to, to compare two models row by row. causal-lm: nll (summed
+            over the row), tokens (scored). Classification: loss, correct, predicted, label. Regression: predicted,
+            label.
 
     Returns:
         causal-lm: loss (nats a token), perplexity. Classification: loss, accuracy, matthews, f1_macro.
         Regression: loss (= mean squared error), pearson, spearman.
     """
     batches = _batches(model, rows, collator, batch_size, bf16, on_batch)
+    told = on_outcomes or (lambda outcomes: None)
     if task == "causal-lm":
-        return _language_scores(*_concatenate(map(_token_losses, batches)))
+        nll, tokens = _concatenate(map(_token_losses, batches))
+        told({"nll": nll.numpy(), "tokens": tokens.numpy()})
+        return _language_scores(nll, tokens)
     logits, labels = _concatenate((batch_logits.float(), batch_labels) for batch_logits, batch_labels in batches)
     if task == "sequence-regression":
-        return _regression_scores(logits.squeeze(-1).double().numpy(), labels.double().numpy(), resample)
+        predicted, true = logits.squeeze(-1).double().numpy(), labels.double().numpy()
+        told({"predicted": predicted, "label": true})
+        return _regression_scores(predicted, true, resample)
+    losses = F.cross_entropy(logits.double(), labels.long(), reduction="none")
+    classes = logits.argmax(dim=1)
+    outcomes = {"loss": losses, "correct": classes == labels, "predicted": classes, "label": labels}
+    told({name: values.numpy() for name, values in outcomes.items()})
     return _classification_scores(logits.double(), labels.long(), resample)
 
 

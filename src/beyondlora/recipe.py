@@ -145,11 +145,11 @@ class Recipe:
         Raises: FileNotFoundError, ValueError.
         """
         path = Path(path)
-        values = _read_yaml(path)
+        values = read_yaml(path)
         for override in overrides:
-            _apply_override(values, override)
+            apply_override(values, override)
         try:
-            return cls.from_mapping(_expand(values, key=""))
+            return cls.from_mapping(expand(values, key=""))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
@@ -198,14 +198,15 @@ def _check_keys(values: Mapping[str, Any]) -> None:
     known = [field.name for field in dataclasses.fields(Recipe)]
     for key in values:
         if key not in known:
-            raise ValueError(f"{key!r} is not a key of a recipe; {_nearest(str(key), known)}")
+            raise ValueError(f"{key!r} is not a key of a recipe; {nearest(str(key), known)}")
     required = [field.name for field in dataclasses.fields(Recipe) if field.default is dataclasses.MISSING]
     missing = [name for name in required if name not in values]
     if missing:
         raise ValueError(f"these required keys are missing: {', '.join(missing)}")
 
 
-def _nearest(word: str, known: Sequence[str]) -> str:
+def nearest(word: str, known: Sequence[str]) -> str:
+    """Advice for a misspelt word: the nearest known one, or all of them."""
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}"
 
@@ -213,7 +214,7 @@ def _nearest(word: str, known: Sequence[str]) -> str:
 def _check_values(recipe: Recipe) -> None:
     _check_ranges(recipe)
     if recipe.task not in TASKS:
-        raise ValueError(f"task={recipe.task!r} is unknown; {_nearest(recipe.task, TASKS)} (known: {', '.join(TASKS)})")
+        raise ValueError(f"task={recipe.task!r} is unknown; {nearest(recipe.task, TASKS)} (known: {', '.join(TASKS)})")
     peft_type = recipe.adapter.get("peft_type")
     if not isinstance(peft_type, str) or not peft_type:
         raise ValueError(
@@ -267,7 +268,7 @@ def _coerce(key: str, value: Any, annotation: Any) -> Any:
     if origin is Literal:
         if value not in arguments:
             raise ValueError(
-                f"{key}={value!r} is unknown; {_nearest(str(value), arguments)} (known: {', '.join(arguments)})"
+                f"{key}={value!r} is unknown; {nearest(str(value), arguments)} (known: {', '.join(arguments)})"
             )
         return value
     if origin is list:
@@ -365,7 +366,8 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A mapping from a file, with YAML 1.2's scalars. Raises: FileNotFoundError, ValueError."""
     if not path.is_file():
         what = "is a folder, not a file" if path.is_dir() else "does not exist"
         raise FileNotFoundError(f"recipe {path} {what}; relative paths start from {Path.cwd()}")
@@ -394,7 +396,8 @@ def _parse(text: str, source: str) -> Any:
         raise ValueError(f"{source}: not valid YAML: {error}") from None
 
 
-def _apply_override(values: dict[str, Any], override: str) -> None:
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Change what one `--set key=value` says. Raises: ValueError."""
     key, equals, text = override.partition("=")
     key = key.strip()
     if not equals or not key:
@@ -414,12 +417,12 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
 _VARIABLE = re.compile(r"\$\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<default>[^}]*))?\}")
 
 
-def _expand(value: Any, key: str) -> Any:
+def expand(value: Any, key: str) -> Any:
     """`value` with the environment variables in its strings expanded, at any depth."""
     if isinstance(value, dict):
-        return {name: _expand(entry, f"{key}.{name}" if key else str(name)) for name, entry in value.items()}
+        return {name: expand(entry, f"{key}.{name}" if key else str(name)) for name, entry in value.items()}
     if isinstance(value, list):
-        return [_expand(entry, f"{key}[{i}]") for i, entry in enumerate(value)]
+        return [expand(entry, f"{key}[{i}]") for i, entry in enumerate(value)]
     return _expand_text(value, key) if isinstance(value, str) else value
 
 

@@ -106,7 +106,7 @@ class RunFolder:
     def log(self, row: dict[str, Any]) -> None:
         """Append one event; numbers that JSON has no word for (NaN, infinity) become null."""
         with self.metrics_log.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_finite(row)) + "\n")
+            file.write(json.dumps(finite(row)) + "\n")
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the events so far; a last line cut short by a kill is left out."""
@@ -166,7 +166,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a mapping as indented JSON, atomically; NaN and infinity become null."""
-    write_text(path, json.dumps(_finite(content), indent=2) + "\n")
+    write_text(path, json.dumps(finite(content), indent=2) + "\n")
 
 
 @contextlib.contextmanager
@@ -191,11 +191,12 @@ def replacing(folder: Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """A JSON value in which NaN and infinity, which JSON has no word for, are null."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

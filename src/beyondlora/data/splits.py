@@ -32,11 +32,19 @@ def read_splits(recipe: DataRecipe) -> RawSplits:
     train = with_labels(train, recipe, names, recipe.dataset_name)
     evaluation = _read_evaluation(recipe, names)
     if evaluation is None and recipe.eval_fraction > 0:
-        train, evaluation = _hold_out(train, recipe)
+        train, evaluation = _split(train, recipe, recipe.eval_fraction)
     if not is_packed(recipe):
         train = sample(train, recipe.max_train_samples, recipe.split_seed)
         evaluation = evaluation and sample(evaluation, recipe.max_eval_samples, recipe.split_seed)
     return RawSplits(train, evaluation, names)
+
+
+def hold_out(recipe: DataRecipe, fraction: float) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Cut the training rows that a recipe names in two, as it would for evaluation; labels stay as they stand there.
+
+    Raises: FileNotFoundError, ValueError.
+    """
+    return _split(read_checked(recipe, recipe.dataset_name, recipe.dataset_train_split), recipe, fraction)
 
 
 def read_checked(recipe: DataRecipe, name: str, split: str) -> datasets.Dataset:
@@ -94,14 +102,13 @@ def _read_evaluation(recipe: DataRecipe, names: Sequence[str] | None) -> dataset
     return with_labels(read_checked(recipe, name, split), recipe, names, name)
 
 
-def _hold_out(rows: datasets.Dataset, recipe: DataRecipe) -> tuple[datasets.Dataset, datasets.Dataset]:
-    fraction = recipe.eval_fraction
+def _split(rows: datasets.Dataset, recipe: DataRecipe, fraction: float) -> tuple[datasets.Dataset, datasets.Dataset]:
     if is_packed(recipe) and len(rows) == 1:
         return _cut_text(rows, recipe.dataset_text_field, fraction)
     held_out = min(max(round(len(rows) * fraction), 1), len(rows) - 1)
     if held_out < 1:
         raise ValueError(
-            f"{recipe.dataset_name} holds one row: nothing is left to train on with eval_fraction={fraction}"
+            f"{recipe.dataset_name} holds one row: nothing is left to train on with a fraction of {fraction} held out"
         )
     order = np.random.RandomState(recipe.split_seed).permutation(len(rows))
     return rows.select(sorted(order[held_out:])), rows.select(sorted(order[:held_out]))
@@ -115,7 +122,7 @@ def _cut_text(rows: datasets.Dataset, name: str, fraction: float) -> tuple[datas
     parts = text[:cut], text[cut:]
     if not all(part.strip() for part in parts):
         raise ValueError(
-            f"a text of {len(text)} characters is too short for eval_fraction={fraction}; name eval_dataset_name"
+            f"a text of {len(text)} characters is too short to hold out {fraction} of it; name eval_dataset_name"
         )
     train, evaluation = (datasets.Dataset(pa.table({name: pa.array([part], pa.large_string())})) for part in parts)
     return train, evaluation

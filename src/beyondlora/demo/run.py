@@ -1,7 +1,7 @@
 """`beyondlora demo`: five methods at matched trainable parameters on the embedded model, and one table.
 
 Every training is an ordinary run of a recipe, in a run folder of its own; finished ones are not repeated on --resume.
-Two or more run side by side (workers.py).
+Two or more run side by side (../workers.py).
 The learning rate is chosen on the validation modules, the table is measured on the test modules, which nothing was
 trained or chosen on. Whatever comes out is reported.
 """
@@ -25,8 +25,8 @@ from ..progress import Progress
 from ..recipe import Recipe
 from ..run_folder import RunFolder, write_json
 from ..train import train
+from ..workers import results
 from .corpus import write_corpus
-from .workers import workers
 
 CORPUS, RESULTS = "corpus", "results.json"
 
@@ -81,11 +81,10 @@ def demo(
     runs = _recipes(base, plan, output)
     progress.begin("demo", len(runs) * base.max_steps)
     try:
-        with workers(tasks=len(runs)) as pool:
-            losses = pool.run(_train_one, [(recipe, resume) for recipe in runs.values()], progress)
-            best = _best_rates(dict(zip(runs, losses, strict=True)))
-            tasks = [(runs[choice], files["test"]) for choice in best.items()]
-            scores = pool.run(_measure_one, [(base, files["test"]), *tasks], Progress())
+        losses = results(_train_one, [(recipe, resume) for recipe in runs.values()], progress=progress)
+        best = _best_rates(dict(zip(runs, losses, strict=True)))
+        tasks = [(runs[choice], files["test"]) for choice in best.items()]
+        scores = results(_measure_one, [(base, files["test"]), *tasks])
     finally:
         progress.end()
     rows = [Row("none (base)", None, 0, None, False, scores[0], 0.0, None)]

@@ -1,0 +1,186 @@
+"""From lines to a table: each arm at the learning rate that its validation rows chose, and its verdict."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .grid import Grid
+from .metrics import Metric
+from .runs import DIVERGED, FAILED, FINISHED, Line
+from .statistics import Comparison, compare_with
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One choice of what is searched: its runs, and how good they are on the validation rows."""
+
+    searched: dict[str, Any]
+    lines: list[Line]  # by seed
+    validation: float | None  # mean over the seeds; None where one diverged or failed
+
+    @property
+    def learning_rate(self) -> float:
+        """That of its runs."""
+        return float(self.lines[0]["recipe"]["learning_rate"])
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A method at one choice of its block, after the search."""
+
+    name: str
+    method: str
+    settings: list[Setting]
+    chosen: Setting | None  # None where no setting has a finished run with every seed
+    at_edge: bool  # the chosen learning rate is the smallest or largest tried
+    figures: np.ndarray  # on the test rows, one a seed
+    outcomes: dict[str, np.ndarray]  # (seeds, rows)
+
+    @property
+    def lines(self) -> list[Line]:
+        """The runs that the arm is judged by."""
+        return self.chosen.lines if self.chosen else []
+
+    def count(self, status: str) -> int:
+        """How many of all its runs ended so."""
+        return sum(line["status"] == status for setting in self.settings for line in setting.lines)
+
+    def mean_of(self, key: str) -> float:
+        """The mean of a number in its lines."""
+        return float(np.mean([line[key] for line in self.lines]))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A whole comparison: what table, page and pictures are made of."""
+
+    title: str
+    metric: Metric
+    confidence: float
+    arms: list[Arm]  # best validation first, those without a result last
+    baseline: Arm | None
+    comparisons: dict[str, Comparison]  # arm -> against the baseline
+    lines: list[Line]
+    notes: list[str]  # what a reader must know before believing the table
+
+    @property
+    def seeds(self) -> int:
+        """The most seeds an arm is judged by."""
+        return max((len(arm.lines) for arm in self.arms), default=0)
+
+    @property
+    def rows(self) -> int:
+        """The number of test rows."""
+        return next((len(rows) for arm in self.arms for line in arm.lines for rows in line["items"].values()), 0)
+
+
+def outcome_of(grid: Grid, lines: Sequence[Line], *, title: str, notes: Sequence[str] = ()) -> Outcome:
+    """Choose on validation, compare on test."""
+    arms = [_arm(name, group, grid.metric) for name, group in _grouped(lines, lambda line: line["arm"]).items()]
+    sign = -1 if grid.metric.higher_is_better else 1
+    arms.sort(key=lambda arm: sign * arm.chosen.validation if arm.chosen and arm.chosen.validation else math.inf)
+    judged = [arm for arm in arms if arm.chosen]
+    baseline = next((arm for arm in judged if grid.baseline in (arm.name, arm.method)), None)
+    comparisons = {}
+    if baseline is not None:
+        comparisons = compare_with(
+            baseline.outcomes,
+            {arm.name: arm.outcomes for arm in judged if arm is not baseline},
+            grid.metric.value,
+            higher_is_better=grid.metric.higher_is_better,
+            confidence=grid.confidence,
+        )
+    told = [*notes, *_notes(grid, arms, baseline)]
+    return Outcome(title, grid.metric, grid.confidence, arms, baseline, comparisons, list(lines), told)
+
+
+def _arm(name: str, lines: Sequence[Line], metric: Metric) -> Arm:
+    groups = _grouped(lines, lambda line: json.dumps(line["searched"], sort_keys=True))
+    settings = [_setting(group, metric) for group in groups.values()]
+    complete = [setting for setting in settings if setting.validation is not None]
+    best = max if metric.higher_is_better else min
+    chosen = best(complete, key=lambda setting: setting.validation or 0.0) if complete else None
+    rates = [setting.learning_rate for setting in settings]
+    kept = [line["items"] for line in chosen.lines] if chosen else []
+    outcomes = {key: np.array([items[key] for items in kept]) for items in kept[:1] for key in items}
+    return Arm(
+        name=name,
+        method=lines[0]["method"],
+        settings=settings,
+        chosen=chosen,
+        at_edge=chosen is not None and len(set(rates)) > 1 and chosen.learning_rate in (min(rates), max(rates)),
+        figures=metric.value(outcomes) if chosen else np.array([]),
+        outcomes=outcomes,
+    )
+
+
+def _setting(lines: Sequence[Line], metric: Metric) -> Setting:
+    lines = sorted(lines, key=lambda line: line["seed"])
+    values = [line["validation"][metric.name]["value"] for line in lines if line["status"] == FINISHED]
+    complete = len(values) == len(lines) and all(value is not None for value in values)
+    return Setting(lines[0]["searched"], lines, float(np.mean(values)) if complete else None)
+
+
+def _grouped(lines: Iterable[Line], key: Any) -> dict[str, list[Line]]:
+    groups: dict[str, list[Line]] = {}
+    for line in lines:
+        groups.setdefault(key(line), []).append(line)
+    return groups
+
+
+def _notes(grid: Grid, arms: Sequence[Arm], baseline: Arm | None) -> list[str]:
+    notes = []
+    edges = [arm.name for arm in arms if arm.at_edge]
+    if edges:
+        notes.append(
+            f"The best learning rate of {', '.join(edges)} is the smallest or largest that was tried (marked *): "
+            "another might do better."
+        )
+    for status, what in ((DIVERGED, "diverged"), (FAILED, "failed")):
+        counts = {arm.name: arm.count(status) for arm in arms if arm.count(status)}
+        if counts:
+            told = ", ".join(f"{count} of {name}" for name, count in counts.items())
+            notes.append(f"Runs that {what}: {told}. A setting with such a run is not chosen.")
+    if baseline is None:
+        notes.append(f"The baseline {grid.baseline} has no setting that finished with every seed: no verdict.")
+    elif baseline.name != grid.baseline and sum(arm.method == grid.baseline for arm in arms) > 1:
+        notes.append(f"The baseline is {baseline.name}, the best of {grid.baseline} on the validation rows.")
+    if len({run.seed for run in grid.runs}) < 2:
+        notes.append("One seed: how much chance there is in a training is not known, so no verdict is given.")
+    return notes
+
+
+def as_mapping(outcome: Outcome) -> Mapping[str, Any]:
+    """Everything the table says, for JSON."""
+    return {
+        "title": outcome.title,
+        "metric": outcome.metric.name,
+        "higher_is_better": outcome.metric.higher_is_better,
+        "confidence": outcome.confidence,
+        "baseline": outcome.baseline.name if outcome.baseline else None,
+        "seeds": outcome.seeds,
+        "test_rows": outcome.rows,
+        "notes": outcome.notes,
+        "arms": [_arm_mapping(arm, outcome.comparisons.get(arm.name)) for arm in outcome.arms],
+    }
+
+
+def _arm_mapping(arm: Arm, comparison: Comparison | None) -> dict[str, Any]:
+    judged: dict[str, Any] = {}
+    if arm.chosen:
+        judged = {
+            "chosen": arm.chosen.searched,
+            "at_edge": arm.at_edge,
+            "validation": arm.chosen.validation,
+            "test": [float(value) for value in arm.figures],
+            "trainable_parameters": arm.lines[0]["trainable_parameters"],
+            "train_seconds": arm.mean_of("train_seconds"),
+            "peak_memory_bytes": arm.mean_of("peak_memory_bytes"),
+        }
+    counts = {status: arm.count(status) for status in (FINISHED, DIVERGED, FAILED)}
+    against = None if comparison is None else vars(comparison)
+    return {"arm": arm.name, "method": arm.method, "runs": counts, **judged, "against_baseline": against}

@@ -1,0 +1,215 @@
+"""Is one method better than another, or is it noise? Pure: arrays in, verdicts out.
+
+Two things vary besides the method: the seed a model was trained with, and the rows it was tested on. A new training
+and new rows would both move the difference D of two methods, so its margin of error counts both, each with its own
+degrees of freedom f, added in quadrature:
+
+    margin(tail)² = (t(tail, f_seeds) · e_seeds)² + (t(tail, f_rows) · e_rows)²        t: Student's upper quantile
+
+Interval: D ± margin(α/2k) for k methods beside the baseline, so that all hold together. p: the α at which margin(α/2)
+just reaches D; Holm's correction for k. (One t quantile for the summed variance, with
+the degrees of freedom of Welch and Satterthwaite, finds differences that are not there in 7 % of grids with two seeds.)
+
+e_rows: paired bootstrap over the test rows (scipy.stats.bootstrap) of D averaged over the seeds; both methods see the
+same resampled rows. e_seeds: from the spread over seeds of the two methods or, where that is larger, of all methods
+of the grid together: two or three seeds alone often look alike by chance. Quadrature counts what seeds and rows
+do together twice; that makes a verdict rarer, never easier.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import brentq
+from scipy.stats import bootstrap, t
+
+Outcomes = Mapping[str, np.ndarray]  # name -> (seeds, rows)
+POWER = 0.8
+SMALLEST_P = 1e-15
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is known of a method beside the baseline. Differences are method minus baseline, in the metric's unit."""
+
+    difference: float
+    low: float | None  # of the interval that counts seeds and rows, all methods' together; None with one seed each
+    high: float | None
+    rows_low: float  # of the paired BCa bootstrap over rows: these trained models, other rows
+    rows_high: float
+    p: float | None
+    p_corrected: float | None  # Holm's, over all methods of the grid
+    detectable: float | None  # the smallest true difference that so many seeds and rows find in 80 of 100 grids
+    seeds: int
+    rows: int
+    verdict: str  # "better", "worse", "within noise", "one seed"
+
+
+def compare_with(
+    baseline: Outcomes,
+    others: Mapping[str, Outcomes],
+    value: Callable[[Outcomes], np.ndarray],
+    *,
+    higher_is_better: bool,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+) -> dict[str, Comparison]:
+    """Compare every other method with the baseline.
+
+    Args:
+        baseline, others: outcomes of shape (seeds, rows) by name; the same rows in the same order everywhere.
+        value: the figure of outcomes whose last axis are rows.
+        confidence: of intervals, and 1 − the chance that a grid without any difference shows one.
+
+    Raises: ValueError, for too few rows.
+    """
+    check_rows(_rows(baseline), confidence)
+    figures = {name: value(outcomes) for name, outcomes in {"": baseline, **others}.items()}
+    pooled = _pooled_variance(list(figures.values()))
+    found = {
+        name: _Difference(baseline, outcomes, figures[""], figures[name], value, pooled, confidence, resamples)
+        for name, outcomes in others.items()
+    }
+    tested = {name: difference.p for name, difference in found.items() if difference.p is not None}
+    corrected = dict(zip(tested, holm(list(tested.values())), strict=True))
+    return {
+        name: difference.comparison(corrected.get(name), len(tested), higher_is_better)
+        for name, difference in found.items()
+    }
+
+
+def check_rows(rows: int, confidence: float) -> None:
+    """Refuse intervals that so few rows cannot give: less than one row would lie outside them. Raises: ValueError."""
+    needed = math.ceil(round(1 / (1 - confidence), 6))
+    if rows < needed:
+        raise ValueError(
+            f"{rows} test rows are too few for intervals of {confidence:.0%}, which take at least {needed}: "
+            "name more test rows or a lower confidence."
+        )
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down correction: how likely any of the tests would be this extreme if no method differed."""
+    order = np.argsort(p_values)
+    scaled = np.asarray(p_values, float)[order] * np.arange(len(p_values), 0, -1)
+    corrected = np.empty(len(p_values))
+    corrected[order] = np.minimum(np.maximum.accumulate(scaled), 1.0)
+    return [float(p) for p in corrected]
+
+
+class _Difference:
+    """One method against the baseline, before the correction for several."""
+
+    def __init__(
+        self,
+        baseline: Outcomes,
+        other: Outcomes,
+        baseline_figures: np.ndarray,
+        figures: np.ndarray,
+        value: Callable[[Outcomes], np.ndarray],
+        pooled: tuple[float, int],
+        confidence: float,
+        resamples: int,
+    ) -> None:
+        self.confidence = confidence
+        self.rows, self.seeds = _rows(baseline), min(len(figures), len(baseline_figures))
+        self.value = float(figures.mean() - baseline_figures.mean())
+        self.row_error, self.rows_low, self.rows_high = _over_rows(baseline, other, value, confidence, resamples)
+        self.seed_error, self.seed_freedom = _over_seeds(baseline_figures, figures, pooled)
+        self.p = self._p() if self.seed_freedom else None
+
+    def margin(self, tail: float) -> float:
+        """How far from the true difference this one lies with probability `tail` on one side."""
+        seeds = t.isf(tail, self.seed_freedom) * self.seed_error
+        return float(math.hypot(seeds, t.isf(tail, self.rows - 1) * self.row_error))
+
+    def _p(self) -> float:
+        if self.value == 0:
+            return 1.0
+        if self.margin(SMALLEST_P / 2) <= abs(self.value):
+            return SMALLEST_P
+        return float(brentq(lambda p: self.margin(p / 2) - abs(self.value), SMALLEST_P, 1.0, xtol=1e-12))
+
+    def comparison(self, p_corrected: float | None, tests: int, higher_is_better: bool) -> Comparison:
+        low = high = detectable = None
+        verdict = "one seed"
+        if p_corrected is not None:
+            alpha = 1 - self.confidence
+            margin = self.margin(alpha / (2 * tests))  # of all intervals together, as the verdicts are
+            low, high = self.value - margin, self.value + margin
+            detectable = margin + self.margin(1 - POWER)
+            gained = (self.value > 0) == higher_is_better
+            verdict = ("better" if gained else "worse") if p_corrected < alpha else "within noise"
+        return Comparison(
+            difference=self.value,
+            low=low,
+            high=high,
+            rows_low=self.rows_low,
+            rows_high=self.rows_high,
+            p=self.p,
+            p_corrected=p_corrected,
+            detectable=detectable,
+            seeds=self.seeds,
+            rows=self.rows,
+            verdict=verdict,
+        )
+
+
+def _rows(outcomes: Outcomes) -> int:
+    return int(next(iter(outcomes.values())).shape[-1])
+
+
+def _over_rows(
+    baseline: Outcomes, other: Outcomes, value: Callable[[Outcomes], np.ndarray], confidence: float, resamples: int
+) -> tuple[float, float, float]:
+    """Standard error and interval of the seeds' mean difference when the test rows are drawn anew, for both alike."""
+
+    def difference(numbers: np.ndarray, axis: int = -1) -> np.ndarray:
+        numbers = numbers.astype(int)
+        means = [
+            value({name: np.asarray(rows)[:, numbers] for name, rows in outcomes.items()}).mean(axis=0)
+            for outcomes in (other, baseline)
+        ]
+        return np.asarray(means[0] - means[1])
+
+    with warnings.catch_warnings():  # methods that agree on every row have an interval of no width
+        warnings.simplefilter("ignore")
+        drawn = bootstrap(
+            (np.arange(_rows(baseline)),),
+            difference,
+            vectorized=True,
+            n_resamples=resamples,
+            batch=100,
+            confidence_level=confidence,
+            method="BCa",
+            rng=np.random.default_rng(0),
+        )
+        rows = _rows(baseline)  # resampling n rows has the spread of dividing by n, an unbiased variance divides by n-1
+        error = float(drawn.standard_error) * math.sqrt(rows / (rows - 1))
+    low, high = map(float, drawn.confidence_interval)
+    if not (math.isfinite(low) and math.isfinite(high)):
+        low = high = float(difference(np.arange(_rows(baseline))))
+    return (error if math.isfinite(error) else 0.0), low, high
+
+
+def _pooled_variance(figures: Sequence[np.ndarray]) -> tuple[float, int]:
+    """The variance over seeds of all methods together, each around its own mean, and its degrees of freedom."""
+    freedom = sum(len(values) - 1 for values in figures)
+    squares = sum(float(((values - values.mean()) ** 2).sum()) for values in figures)
+    return (squares / freedom if freedom else 0.0), freedom
+
+
+def _over_seeds(first: np.ndarray, second: np.ndarray, pooled: tuple[float, int]) -> tuple[float, float]:
+    """Standard error of a difference of two means over seeds, and its degrees of freedom; 0 of them = unknown."""
+    variance, freedom = pooled
+    together = variance * (1 / len(first) + 1 / len(second))
+    if min(len(first), len(second)) < 2:
+        return 0.0, 0
+    parts = [(float(values.var(ddof=1)) / len(values), len(values) - 1) for values in (first, second)]
+    own = sum(part for part, _ in parts)
+    if own <= together * (1 + 1e-9):  # of two methods alone both are the same, up to rounding
+        return math.sqrt(together), freedom
+    welch = own**2 / sum(part**2 / part_freedom for part, part_freedom in parts)
+    return math.sqrt(own), welch

@@ -1,0 +1,151 @@
+"""A comparison in words: sentences, the terminal's table, Markdown."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from rich.table import Table
+
+from .arms import Arm, Outcome
+from .statistics import POWER, Comparison
+
+HEADINGS = (
+    "arm",
+    "trainable",
+    "learning rate",
+    "{metric}",
+    "± seeds",
+    "difference",
+    "interval",
+    "verdict",
+    "time",
+    "memory",
+)
+NO_NUMBER = "–"
+
+
+def verdicts(outcome: Outcome) -> list[str]:
+    """One sentence an arm: what can be said of it beside the baseline, and how much this grid could have seen."""
+    if outcome.baseline is None:
+        return []
+    return [_sentence(outcome, name, comparison) for name, comparison in outcome.comparisons.items()]
+
+
+def _sentence(outcome: Outcome, name: str, found: Comparison) -> str:
+    said = {
+        "better": f"is better than {_baseline(outcome)}",
+        "worse": f"is worse than {_baseline(outcome)}",
+        "within noise": f"is within noise of {_baseline(outcome)}",
+        "one seed": f"cannot be told from {_baseline(outcome)} with one seed",
+    }
+    decimals, metric = outcome.metric.decimals, outcome.metric.name
+    evidence = f"{found.difference:+.{decimals}f} {metric}"
+    if found.low is None or found.high is None or found.p_corrected is None or found.detectable is None:
+        return f"{name} {said[found.verdict]}: {evidence} on {found.rows} rows."
+    interval = f"{outcome.confidence:.0%} interval {found.low:+.{decimals}f} to {found.high:+.{decimals}f}"
+    tests = len(outcome.comparisons)
+    corrected = f", for {tests} comparisons at once" if tests > 1 else ""
+    return (
+        f"{name} {said[found.verdict]}: {evidence}, {interval}, p = {_p(found.p_corrected)}{corrected} "
+        f"({found.seeds} seeds, {found.rows} rows). A true difference of {found.detectable:.{decimals}f} would have "
+        f"been found in {POWER:.0%} of such grids.{_reservation(outcome, name)}"
+    )
+
+
+def _reservation(outcome: Outcome, name: str) -> str:
+    """A method that was stopped at the edge of the search has not been seen at its best."""
+    edges = [arm.name for arm in outcome.arms if arm.at_edge and (arm.name == name or arm is outcome.baseline)]
+    return f" Not the last word: the search ended at its edge for {' and '.join(edges)}." if edges else ""
+
+
+def _baseline(outcome: Outcome) -> str:
+    return outcome.baseline.name if outcome.baseline else ""
+
+
+def _p(value: float) -> str:
+    return f"{value:.2g}" if value >= 0.001 else "under 0.001"
+
+
+def headings(outcome: Outcome) -> list[str]:
+    """The table's columns."""
+    return [heading.format(metric=outcome.metric.name) for heading in HEADINGS]
+
+
+def cells(outcome: Outcome, arm: Arm) -> list[str]:
+    """One arm's row, as text."""
+    if arm.chosen is None:
+        return [arm.name, *[NO_NUMBER] * 6, "no result", NO_NUMBER, NO_NUMBER]
+    decimals, found = outcome.metric.decimals, outcome.comparisons.get(arm.name)
+    spread = f"{np.std(arm.figures, ddof=1):.{decimals}f}" if len(arm.figures) > 1 else NO_NUMBER
+    difference = interval = ""
+    verdict = "baseline" if arm is outcome.baseline else NO_NUMBER
+    if found is not None:
+        difference, verdict = f"{found.difference:+.{decimals}f}", found.verdict
+        if found.low is not None:
+            interval = f"{found.low:+.{decimals}f} to {found.high:+.{decimals}f}"
+    return [
+        arm.name,
+        f"{arm.lines[0]['trainable_parameters']:,}",
+        f"{arm.chosen.learning_rate:g}{'*' if arm.at_edge else ''}",
+        f"{arm.figures.mean():.{decimals}f}",
+        spread,
+        difference,
+        interval,
+        verdict,
+        f"{arm.mean_of('train_seconds'):.0f} s",
+        f"{arm.mean_of('peak_memory_bytes') / 2**20:,.0f} MiB",
+    ]
+
+
+def table(outcome: Outcome) -> Table:
+    """For a terminal; what does not fit into 80 columns is in the Markdown and on the page."""
+    shown = [0, 1, 2, 3, 4, 6, 7]
+    grid = Table(title=outcome.title, title_justify="left")
+    names = headings(outcome)
+    names[2], names[6] = "LR", f"{outcome.confidence:.0%} of the difference"
+    for column in shown:
+        grid.add_column(names[column], justify="left" if column in (0, 7) else "right")
+    for arm in outcome.arms:
+        row = cells(outcome, arm)
+        grid.add_row(*[row[column] for column in shown])
+    return grid
+
+
+def caption(outcome: Outcome) -> str:
+    """What the figures are of."""
+    better = "higher" if outcome.metric.higher_is_better else "lower"
+    return (
+        f"{outcome.metric.name.capitalize()} ({better} is better) on {outcome.rows} test rows that nothing was trained "
+        f"or chosen on; learning rates chosen on the validation rows, alike for every arm; {outcome.seeds} seeds, ± "
+        f"their standard deviation. Intervals of the difference to {_baseline(outcome) or 'the baseline'} count "
+        "seeds and rows, and hold all together (p by Holm); time and memory are means of the runs shown."
+    )
+
+
+def markdown(outcome: Outcome, *, command: str, machine: Sequence[str] = ()) -> str:
+    """The whole comparison as a Markdown page."""
+    rows = [
+        headings(outcome),
+        ["---", *["---:"] * 6, "---", "---:", "---:"],
+        *(cells(outcome, arm) for arm in outcome.arms),
+    ]
+    parts = [f"# {outcome.title}", f"    {command}", "\n".join(machine), caption(outcome)]
+    parts.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
+    parts.append("\n".join(f"- {sentence}" for sentence in [*verdicts(outcome), *outcome.notes]))
+    parts.append("\n".join(_search(outcome)))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _search(outcome: Outcome) -> list[str]:
+    """The search itself: every setting's figure on the validation rows."""
+    rows = [f"| arm | setting | validation {outcome.metric.name} | runs |", "| --- | --- | ---: | --- |"]
+    for arm in outcome.arms:
+        for setting in arm.settings:
+            told = ", ".join(
+                f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
+                for key, value in setting.searched.items()
+            )
+            figure = NO_NUMBER if setting.validation is None else f"{setting.validation:.{outcome.metric.decimals}f}"
+            chosen = " (chosen)" if setting is arm.chosen else ""
+            states = ", ".join(f"seed {line['seed']} {line['status']}" for line in setting.lines)
+            rows.append(f"| {arm.name} | {told}{chosen} | {figure} | {states} |")
+    return rows

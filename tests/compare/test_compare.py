@@ -1,0 +1,313 @@
+"""Whole comparisons, small ones: what stands in results.jsonl, what a kill leaves, what is refused."""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import small_runs
+
+from beyondlora.compare import compare
+from beyondlora.compare import published as published_format
+from beyondlora.compare.grid import Grid
+from beyondlora.compare.held_out import check_apart, cut_off
+from beyondlora.compare.runs import HeldOut, append_result, read_results, train_and_measure
+from beyondlora.evaluate import evaluate
+from beyondlora.progress import Progress
+from beyondlora.recipe import Recipe
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+HUGE = 1e30  # a learning rate that ends in nan
+
+
+class Told(Progress):
+    """Remembers what was said."""
+
+    def __init__(self):
+        self.lines = []
+
+    def say(self, message):
+        self.lines.append(message)
+
+
+def mapping(house, output, **block):
+    recipe = dataclasses.asdict(
+        small_runs.recipe(house, output_dir=str(output), max_steps=4, eval_steps=2, save_steps=2)
+    )
+    shared = {"r": 4, "target_modules": "all-linear"}
+    settings = {
+        "methods": {"LoRA": {"peft_type": "LORA"}, "CeRA": {"peft_type": "CERA"}},
+        "learning_rate": [1e-2, 3e-2],
+        "seed": [0, 1],
+        "test_fraction": 0.3,
+    }
+    return recipe | {"adapter": shared, "grid": settings | block}
+
+
+def grid(house, output, **block):
+    return Grid.from_mapping(mapping(house, output, **block))
+
+
+@pytest.fixture(scope="module")
+def finished(house, tmp_path_factory):
+    """A comparison with a learning rate that diverges and a method that cannot be: (folder, grid, outcome, said)."""
+    folder, told = tmp_path_factory.mktemp("compare") / "out", Told()
+    methods = {
+        "LoRA": {"peft_type": "LORA"},
+        "CeRA": {"peft_type": "CERA"},
+        "too wide": {"peft_type": "STELLA", "r": 4096},
+    }
+    planned = grid(house, folder, methods=methods, learning_rate=[1e-2, HUGE])
+    return folder, planned, compare(planned, jobs=2, progress=told), told.lines
+
+
+# What comes out ------------------------------------------------------------------------------------------------------
+
+
+def test_every_run_is_one_line_and_what_went_wrong_is_a_result(finished):
+    folder, planned, outcome, said = finished
+    lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()][: len(planned.runs)]
+    assert sorted(line["run"] for line in lines) == sorted(run.name for run in planned.runs)
+    status = {(line["arm"], line["recipe"]["learning_rate"]): line["status"] for line in lines}
+    assert status == {
+        ("LoRA", 1e-2): "finished",
+        ("LoRA", HUGE): "diverged",
+        ("CeRA", 1e-2): "finished",
+        ("CeRA", HUGE): "diverged",
+        ("too wide", 1e-2): "failed",
+        ("too wide", HUGE): "failed",
+    }
+    assert all("r=4096" in line["error"] for line in lines if line["status"] == "failed")
+    assert any("too-wide" in line and "failed" in line for line in said)
+    notes = " ".join(outcome.notes)
+    assert "diverged: 2 of LoRA, 2 of CeRA" in notes
+    assert "failed: 4 of too wide" in notes
+    assert [arm.name for arm in outcome.arms if arm.chosen is None] == ["too wide"]
+
+
+def test_figures_are_those_of_the_runs_on_rows_that_nothing_was_chosen_on(finished):
+    folder, _, outcome, _ = finished
+    test, rest = folder / "data" / "test.txt", folder / "data" / "train-and-validation.txt"
+    assert test.read_text() not in rest.read_text()
+    for arm in (arm for arm in outcome.arms if arm.chosen):
+        for line, figure in zip(arm.lines, arm.figures, strict=True):
+            recipe = Recipe.load(Path(line["recipe"]["output_dir"]) / "recipe.yaml").replace(max_eval_samples=None)
+            assert recipe.dataset_name == str(rest)
+            again = evaluate(Path(line["recipe"]["output_dir"]), data=str(test), recipe=recipe)["metrics"]
+            assert figure == pytest.approx(again["perplexity"]["value"], rel=1e-9)
+            assert line["test"]["perplexity"] == again["perplexity"]
+    written = json.loads((folder / "report.json").read_text())
+    assert [arm["arm"] for arm in written["arms"]] == [arm.name for arm in outcome.arms]
+
+
+def test_the_choice_is_made_on_validation_rows(house, tmp_path):
+    outcome = compare(grid(house, tmp_path / "out", methods={"LoRA": {"peft_type": "LORA"}}, seed=[0]), jobs=2)
+    arm = outcome.arms[0]
+    by_rate = {
+        line["recipe"]["learning_rate"]: line["validation"]["perplexity"]["value"]
+        for line in read_results(tmp_path / "out").values()
+    }
+    assert arm.chosen.learning_rate == min(by_rate, key=by_rate.get)
+    assert arm.chosen.validation == min(by_rate.values())
+    assert arm.at_edge
+    assert "One seed" in " ".join(outcome.notes)
+
+
+def test_published_lines_have_what_peft_s_own_table_reads(finished):
+    import pandas as pd
+
+    folder, *_ = finished
+    files = sorted((folder / "method_comparison").glob("*.json"))
+    assert len(files) == 4  # two arms with a result, two seeds
+    for path in files:
+        row = json.loads(path.read_text())
+        run, train, meta = row["run_info"], row["train_info"], row["meta_info"]
+        last = train["metrics"][-1]
+        # The columns of huggingface/peft, method_comparison/processing.py, and the types it casts them to.
+        integers = ["accelerator_memory_reserved_avg", "accelerator_memory_max", "accelerator_memory_reserved_99th"]
+        table = pd.DataFrame(
+            [
+                {name: train[name] for name in [*integers, "file_size", "train_time"]}
+                | {"total_time": run["total_time"], "test_accuracy": last["test accuracy"]}
+                | {"train_loss": last["train loss"], "samples": last["train samples"]}
+                | {"tokens": last["train total tokens"], "created_at": run["created_at"]}
+            ]
+        )
+        table = table.astype(dict.fromkeys([*integers, "file_size", "samples", "tokens"], int))
+        table = table.astype(dict.fromkeys(["train_time", "total_time", "test_accuracy", "train_loss"], float))
+        assert pd.to_datetime(table["created_at"]).notna().all()
+        assert table["file_size"][0] > 0
+        assert table["samples"][0] == 4 * 4
+        assert train["status"] == "success"
+        assert run["peft_config"]["peft_type"] in ("LORA", "CERA")
+        assert {"model_id", "max_steps", "seed", "optimizer_kwargs"} <= run["train_config"].keys()
+        assert meta["package_info"]["peft-version"]
+        assert [entry["step"] for entry in train["metrics"]] == [2, 4, 4]
+    assert published_format.ACCURACY == "accuracy"
+
+
+# Killed and continued ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_killed_at_any_time_the_same_command_goes_on_to_the_same_figures(house, tmp_path):
+    whole = compare(grid(house, tmp_path / "whole"), jobs=2)
+    path = tmp_path / "grid.yaml"
+    path.write_text(json.dumps(mapping(house, tmp_path / "out")))
+    command = [sys.executable, "-m", "beyondlora", "compare", str(path), "--jobs", "2"]
+    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    while not read_results(tmp_path / "out") and running.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    before = read_results(tmp_path / "out")
+    assert 0 < len(before) < 8
+    again = compare(grid(house, tmp_path / "out"), jobs=2)
+    after = read_results(tmp_path / "out")
+    assert {name: after[name] for name in before} == before
+    assert len((tmp_path / "out" / "results.jsonl").read_text().splitlines()) == 8
+    assert {arm.name: arm.figures.tolist() for arm in again.arms} == {
+        arm.name: arm.figures.tolist() for arm in whole.arms
+    }
+    assert not [child for child in multiprocessing.active_children() if "ForkServer" in child.name]
+
+
+def test_a_line_cut_short_by_a_kill_is_neither_read_nor_in_the_way(tmp_path):
+    append_result(tmp_path, {"run": "a", "value": float("nan")})
+    with (tmp_path / "results.jsonl").open("a") as file:
+        file.write('{"run": "b", "val')
+    assert read_results(tmp_path) == {"a": {"run": "a", "value": None}}
+    append_result(tmp_path, {"run": "c"})
+    assert list(read_results(tmp_path)) == ["a", "c"]
+    (tmp_path / "results.jsonl").write_text("not json\n")
+    with pytest.raises(ValueError, match="line 1 is damaged"):
+        read_results(tmp_path)
+
+
+def test_what_is_finished_is_not_run_again_and_what_failed_is(finished, tmp_path):
+    folder, planned, outcome, _ = finished
+    stamps = {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/metrics.json")}
+    lines = len((folder / "results.jsonl").read_text().splitlines())
+    told = Told()
+    again = compare(planned, jobs=2, progress=told)
+    assert any("4 left" in line for line in told.lines)
+    assert stamps == {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/metrics.json")}
+    assert len((folder / "results.jsonl").read_text().splitlines()) == lines + 4
+    assert [arm.figures.tolist() for arm in again.arms] == [arm.figures.tolist() for arm in outcome.arms]
+
+
+def test_a_worker_that_is_killed_is_a_failed_run(house, tmp_path):
+    from beyondlora.workers import WorkerDiedError, side_by_side
+
+    found = dict(side_by_side(_perhaps_killed, [(True,), (False,)], count=2))
+    assert isinstance(found[0], WorkerDiedError)
+    assert "SIGKILL" in str(found[0])
+    assert found[1] == "alive"
+
+
+def _perhaps_killed(die, _progress):
+    if die:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return "alive"
+
+
+# Refused -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_grid_that_has_changed_is_refused_with_the_difference(finished, house):
+    folder, *_ = finished
+    changed = mapping(house, folder, learning_rate=[1e-2, HUGE]) | {"max_steps": 5}
+    with pytest.raises(ValueError, match="max_steps: 5, was 4"):
+        compare(Grid.from_mapping(changed))
+
+
+def test_runs_of_other_data_are_not_joined(finished, house, tmp_path):
+    folder, *_ = finished
+    with pytest.raises(ValueError, match=r"cannot stand beside .*test_sha256"):
+        compare(grid(house, tmp_path / "out", test_fraction=0.4), joined=[folder])
+    with pytest.raises(FileNotFoundError, match="--join"):
+        compare(grid(house, tmp_path / "out"), joined=[tmp_path])
+
+
+def test_runs_of_another_folder_stand_in_the_table(finished, house, tmp_path):
+    folder, *_ = finished
+    copied = tmp_path / "out"
+    copied.mkdir()
+    lines = [line for line in (folder / "results.jsonl").read_text().splitlines() if '"arm": "LoRA"' in line]
+    (copied / "results.jsonl").write_text("\n".join(lines).replace(f"{folder}/data", f"{copied}/data") + "\n")
+    one = grid(house, copied, methods={"LoRA": {"peft_type": "LORA"}}, learning_rate=[1e-2, HUGE])
+    shutil.copytree(folder, tmp_path / "other", ignore=shutil.ignore_patterns("runs"))
+    outcome = compare(one, joined=[tmp_path / "other"])
+    assert {"LoRA", "LoRA (other)", "CeRA (other)"} <= {arm.name for arm in outcome.arms}
+    assert outcome.comparisons["LoRA (other)"].difference == 0
+    assert outcome.comparisons["LoRA (other)"].verdict == "within noise"
+
+
+def test_an_absurd_grid_is_counted_and_refused_without_yes(house, tmp_path):
+    told = Told()
+    with pytest.raises(ValueError, match=r"200 runs, about .*--yes"):
+        compare(grid(house, tmp_path / "out", seed=list(range(50))), progress=told)
+    assert any("200 runs: 2 arms x 2 settings x 50 seeds" in line for line in told.lines)
+    assert not (tmp_path / "out" / "results.jsonl").exists()
+
+
+def test_too_few_test_rows_are_refused_before_the_first_run(house, tmp_path):
+    with pytest.raises(ValueError, match="too few for intervals of 95%"):
+        compare(grid(house, tmp_path / "out", test_fraction=0.05))
+    assert not (tmp_path / "out" / "runs").exists()
+
+
+def test_an_unknown_method_is_refused_with_the_nearest(house, tmp_path):
+    with pytest.raises(ValueError, match="did you mean 'LORA'"):
+        compare(grid(house, tmp_path / "out", methods={"LoRA": {"peft_type": "LRA"}}))
+
+
+# Rows apart ----------------------------------------------------------------------------------------------------------
+
+
+def test_validation_rows_that_are_test_rows_are_refused(house, tmp_path):
+    small_runs.sentences(tmp_path / "rows.jsonl", rows=200)
+    recipe = small_runs.recipe(house, task="sequence-classification", dataset_name=str(tmp_path / "rows.jsonl"))
+    lines = (tmp_path / "rows.jsonl").read_text().splitlines()
+    distinct = list({json.loads(line)["sentence1"]: line for line in lines}.values())
+    (tmp_path / "rows.jsonl").write_text("\n".join(distinct) + "\n")
+    with pytest.raises(ValueError, match=r"of the validation rows are test rows too \(the first is validation row 1"):
+        check_apart(recipe, recipe.dataset_name)
+    rest, test = cut_off(recipe, 0.2, tmp_path / "data")
+    assert check_apart(rest, test) == 0
+    (tmp_path / "one.jsonl").write_text(json.dumps({"sentence1": "nobody says this", "label": "good"}) + "\n")
+    assert check_apart(recipe, str(tmp_path / "one.jsonl")) == 0
+
+
+def test_a_test_text_inside_the_validation_text_is_refused_wherever_its_blocks_begin(house, tmp_path):
+    recipe = small_runs.recipe(house, eval_fraction=0.5)
+    lines = (house / "text.txt").read_text().splitlines()
+    (tmp_path / "late.txt").write_text("\n".join(lines[-7:-1]) + "\n")
+    (tmp_path / "early.txt").write_text("\n".join(lines[1:7]) + "\n")
+    with pytest.raises(ValueError, match="test rows too"):
+        check_apart(recipe, str(tmp_path / "late.txt"))
+    assert check_apart(recipe, str(tmp_path / "early.txt")) == 4  # training rows that are test rows: said, not refused
+
+
+def test_the_test_rows_are_cut_off_as_they_stand(house, tmp_path):
+    recipe = small_runs.recipe(house)
+    rest, test = cut_off(recipe, 0.25, tmp_path)
+    whole = (house / "text.txt").read_text()
+    assert Path(rest.dataset_name).read_text() + Path(test).read_text() == whole
+    assert 0.2 < len(Path(test).read_text()) / len(whole) <= 0.25
+
+
+def test_a_run_on_other_test_rows_than_the_grid_began_with_fails(house, tmp_path):
+    planned = grid(house, tmp_path / "out", test_fraction=0.3)
+    _, test = cut_off(planned.runs[0].recipe, 0.3, tmp_path)
+    line = train_and_measure(planned.runs[0], HeldOut(test, "another", 30, None), Progress())
+    assert line["status"] == "failed"
+    assert "have changed" in line["error"]

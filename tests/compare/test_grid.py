@@ -1,0 +1,108 @@
+"""What a grid file says, and what it must not say."""
+
+from pathlib import Path
+
+import pytest
+from shared_data import SHARED, needs_minilm, needs_shared
+
+from beyondlora.attach import config_from
+from beyondlora.compare.grid import Grid, choices
+from beyondlora.compare.held_out import check_apart, cut_off
+
+RECIPE = {
+    "task": "causal-lm",
+    "model_name_or_path": "demo",
+    "output_dir": "out",
+    "dataset_name": "text.txt",
+    "adapter": {"target_modules": ["q_proj", "v_proj"]},
+}
+METHODS = {"LoRA": {"peft_type": "LORA", "r": [4, 8]}, "DoRA": {"peft_type": "LORA", "use_dora": True, "r": 4}}
+
+
+def grid(recipe=(), **block):
+    settings = {"methods": METHODS, "learning_rate": [1e-3, 1e-2], "seed": [0, 1], "test_fraction": 0.1} | block
+    return Grid.from_mapping({**RECIPE, **dict(recipe), "grid": settings})
+
+
+def test_every_arm_has_the_same_search_and_the_same_seeds():
+    runs = grid().runs
+    assert len(runs) == 3 * 2 * 2
+    by_arm = {}
+    for run in runs:
+        by_arm.setdefault(run.arm, set()).add((run.recipe.learning_rate, run.recipe.seed))
+    assert list(by_arm) == ["LoRA r=4", "LoRA r=8", "DoRA"]
+    assert set(map(frozenset, by_arm.values())) == {frozenset({(1e-3, 0), (1e-3, 1), (1e-2, 0), (1e-2, 1)})}
+    assert {run.recipe.adapter["r"] for run in runs if run.arm == "LoRA r=8"} == {8}
+    assert all(run.recipe.adapter["target_modules"] == ["q_proj", "v_proj"] for run in runs)
+    assert len({run.recipe.output_dir for run in runs}) == len(runs)
+
+
+def test_plain_lists_are_grids_and_underscored_ones_are_paired():
+    assert choices({"a": [1, 2], "b": [3, 4], "c": 5}, "") == [{"a": a, "b": b, "c": 5} for a in (1, 2) for b in (3, 4)]
+    assert choices({"_a": [1, 2], "_b": [3, 4], "c": [5, 6]}, "") == [
+        {"c": 5, "a": 1, "b": 3},
+        {"c": 5, "a": 2, "b": 4},
+        {"c": 6, "a": 1, "b": 3},
+        {"c": 6, "a": 2, "b": 4},
+    ]
+    assert choices({}, "") == [{}]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": [0, 1, 0]}, "seed lists 0 twice"),
+        ({"learning_rate": []}, "empty list"),
+        ({"methods": {}}, "methods is missing"),
+        ({"methods": {"LoRA": "LORA"}}, "give an adapter block"),
+        ({"methods": {"a b": {"peft_type": "LORA"}, "a-b": {"peft_type": "LORA"}}}, "share the folder a-b-lr0.001"),
+        ({"methods": {"x": {"peft_type": "LORA", "_r": [1, 2], "_lora_alpha": [1]}}}, "_r: 2, _lora_alpha: 1"),
+        ({"methods": {"x": {"peft_type": "LORA", "_r": 4}}}, "pairs lists, but holds 4"),
+        ({"methods": {"x": {"peft_type": "LORA", "_r": [4], "r": 4}}}, "say the same thing"),
+        (
+            {"methods": {"x": {"peft_type": "LORA", "target_modules": ["q", "v"]}}},
+            r"write target_modules: \[\['q', 'v'\]\]",
+        ),
+        ({"baseline": "Lora"}, "did you mean 'LoRA'"),
+        ({"metric": "perplexty"}, "did you mean 'perplexity'"),
+        ({"learning_rates": [1]}, "did you mean 'learning_rate'"),
+        ({"dataset_name": ["a", "b"]}, "'dataset_name' is not a key of a grid"),
+        ({"test_dataset_name": "x"}, "one of the two"),
+        ({"test_fraction": None}, "one of the two"),
+        ({"test_fraction": 1.5}, "between 0 and 1"),
+        ({"confidence": 95}, "for example 0.95"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_cannot_work_is_refused_with_what_to_do(changes, message):
+    with pytest.raises(ValueError, match=message):
+        grid(**changes)
+
+
+def test_without_validation_rows_nothing_can_be_chosen():
+    with pytest.raises(ValueError, match="without validation rows nothing can be chosen"):
+        grid({"eval_fraction": 0})
+
+
+def test_a_file_without_a_grid_says_what_a_grid_is(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("task: causal-lm\n")
+    with pytest.raises(ValueError, match=r"recipe.yaml: there is no grid: block"):
+        Grid.load(tmp_path / "recipe.yaml")
+
+
+GRIDS = sorted((Path(__file__).parents[2] / "configs" / "grids").glob("*.yaml"))
+
+
+@needs_shared
+@needs_minilm
+@pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
+def test_a_grid_of_configs_is_ready_to_run(path, monkeypatch, tmp_path):
+    monkeypatch.setenv("BEYONDLORA_SHARED", str(SHARED))
+    grid = Grid.load(path, [f"output_dir={tmp_path}"])
+    assert f"configs/grids/{path.name}" in path.read_text().splitlines()[0]
+    for runs in grid.arms.values():
+        config_from(runs[0].recipe)
+    recipe, test = grid.runs[0].recipe, grid.test_dataset_name
+    if grid.test_fraction:
+        recipe, test = cut_off(recipe, grid.test_fraction, tmp_path)
+    check_apart(recipe, test)

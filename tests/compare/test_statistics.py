@@ -1,0 +1,160 @@
+"""Verdicts on simulated grids whose truth is known, and every part against scipy or a law."""
+
+import itertools
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from beyondlora.compare.statistics import compare_with, holm
+
+ROWS = 60
+
+
+def mean(outcomes):
+    return outcomes["x"].mean(axis=-1)
+
+
+def simulated(draw, *, arms=3, seeds=3, seed_spread=0.1, effect=0.0, rows=ROWS, spreads=None):
+    """Outcomes of methods that do not differ, but for the second one by `effect`.
+
+    Rows differ in difficulty for all; each method finds some rows easier (0.7), each training is a little better or
+    worse than the method, and each training on each row has a little luck (0.3).
+    """
+    difficulty = draw.normal(size=rows)
+    grid = []
+    for arm in range(arms):
+        spread = seed_spread * (spreads[arm] if spreads else 1)
+        noise = (
+            0.7 * draw.normal(size=rows) + spread * draw.normal(size=(seeds, 1)) + 0.3 * draw.normal(size=(seeds, rows))
+        )
+        grid.append({"x": difficulty + noise + (effect if arm == 1 else 0)})
+    return grid
+
+
+def verdicts(grid, **settings):
+    others = {str(number): outcomes for number, outcomes in enumerate(grid[1:], start=1)}
+    found = compare_with(grid[0], others, mean, **{"higher_is_better": True, "resamples": 100} | settings)
+    return {name: comparison.verdict for name, comparison in found.items()}
+
+
+# Known truth ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"arms": 2, "seeds": 2, "seed_spread": 0.1},
+        {"arms": 2, "seeds": 3, "seed_spread": 0.0},
+        {"arms": 4, "seeds": 3, "seed_spread": 0.1},
+        {"arms": 4, "seeds": 3, "seed_spread": 0.1, "spreads": [1, 4, 0.1, 0.1]},
+    ],
+    ids=str,
+)
+def test_a_grid_without_a_difference_shows_one_in_at_most_five_percent(setting):
+    draw, grids = np.random.default_rng(1), 200
+    wrong = sum(set(verdicts(simulated(draw, **setting)).values()) != {"within noise"} for _ in range(grids))
+    assert wrong / grids <= 0.05
+
+
+def test_a_difference_is_found_as_often_as_the_smallest_detectable_one_promises():
+    draw, found, grids = np.random.default_rng(2), 0, 100
+    promised = []
+    for _ in range(grids):
+        grid = simulated(draw, arms=2, seed_spread=0.05, effect=0.5)
+        comparison = compare_with(grid[0], {"1": grid[1]}, mean, higher_is_better=True, resamples=100)["1"]
+        promised.append(comparison.detectable)
+        found += comparison.verdict == "better"
+        assert comparison.verdict != "worse"
+    assert np.median(promised) < 0.5  # so it must be found in more than 80 %
+    assert found / grids > 0.8
+
+
+def test_better_means_what_the_metric_means():
+    grid = simulated(np.random.default_rng(0), arms=2, seed_spread=0, effect=2.0)
+    assert verdicts(grid, higher_is_better=True) == {"1": "better"}
+    assert verdicts(grid, higher_is_better=False) == {"1": "worse"}
+
+
+# Against scipy and laws ----------------------------------------------------------------------------------------------
+
+
+def test_where_rows_agree_the_p_value_is_that_of_a_t_test_over_seeds():
+    first, second = np.array([1.0, 1.3, 1.1, 0.8]), np.array([1.6, 1.2, 1.9, 1.5])
+    grid = [{"x": np.repeat(values[:, None], ROWS, axis=1)} for values in (first, second)]
+    found = compare_with(grid[0], {"1": grid[1]}, mean, higher_is_better=True)["1"]
+    expected = stats.ttest_ind(second, first)
+    interval = expected.confidence_interval(0.95)
+    assert found.p == pytest.approx(expected.pvalue, rel=1e-6)
+    assert (found.low, found.high) == pytest.approx((interval.low, interval.high), rel=1e-6)
+
+
+def test_where_seeds_agree_the_interval_is_that_of_a_paired_test_over_rows():
+    draw = np.random.default_rng(3)
+    first = draw.normal(size=400)
+    second = first + 0.3 * draw.normal(size=400) + 0.02
+    grid = [{"x": np.repeat(values[None], 2, axis=0)} for values in (first, second)]
+    found = compare_with(grid[0], {"1": grid[1]}, mean, higher_is_better=True, resamples=4000)["1"]
+    expected = stats.ttest_rel(second, first).confidence_interval(0.95)
+    width = expected.high - expected.low
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=0.03 * width)  # resampling
+    assert (found.rows_low, found.rows_high) == pytest.approx((expected.low, expected.high), abs=0.06 * width)
+
+
+def test_intervals_of_several_methods_are_as_wide_as_bonferroni_asks():
+    first, second = np.array([1.0, 1.3, 1.1, 0.8]), np.array([1.6, 1.2, 1.9, 1.5])
+    grid = [{"x": np.repeat(values[:, None], ROWS, axis=1)} for values in (first, second, second)]
+    found = compare_with(grid[0], {"1": grid[1], "2": grid[2]}, mean, higher_is_better=True)["1"]
+    pooled = np.sqrt(
+        (first.var(ddof=1) + 2 * second.var(ddof=1)) / 3
+    )  # of all methods: larger than the two methods' own
+    width = stats.t.isf(0.05 / 4, 9) * pooled * np.sqrt(2 / 4)
+    assert (found.low, found.high) == pytest.approx((found.difference - width, found.difference + width), rel=1e-6)
+    assert found.p_corrected == pytest.approx(2 * found.p)
+
+
+def test_a_ratio_of_sums_is_compared_as_a_ratio_of_sums():
+    draw = np.random.default_rng(4)
+    tokens = np.repeat(draw.integers(5, 200, size=(1, ROWS)), 2, axis=0).astype(float)
+    grid = [{"nll": tokens * (2 + shift + 0.1 * draw.normal(size=(2, ROWS))), "tokens": tokens} for shift in (0, 0.5)]
+    found = compare_with(
+        grid[0], {"1": grid[1]}, lambda rows: rows["nll"].sum(-1) / rows["tokens"].sum(-1), higher_is_better=False
+    )["1"]
+    by_hand = [float((arm["nll"].sum(1) / arm["tokens"].sum(1)).mean()) for arm in grid]
+    assert found.difference == pytest.approx(by_hand[1] - by_hand[0])
+    assert found.verdict == "worse"
+
+
+@pytest.mark.parametrize("case", range(20))
+def test_holm_is_the_closed_test_with_bonferroni(case):
+    """A hypothesis falls at a level exactly if every set of hypotheses it belongs to falls by Bonferroni."""
+    p = np.random.default_rng(case).uniform(size=4) ** 3
+    expected = [
+        max(
+            min(1.0, len(group) * min(p[j] for j in group))
+            for size in range(1, 5)
+            for group in itertools.combinations(range(4), size)
+            if i in group
+        )
+        for i in range(4)
+    ]
+    assert holm(list(p)) == pytest.approx(expected)
+
+
+# What cannot be said -------------------------------------------------------------------------------------------------
+
+
+def test_one_seed_gives_no_verdict():
+    assert verdicts(simulated(np.random.default_rng(0), arms=2, seeds=1, effect=5.0)) == {"1": "one seed"}
+
+
+@pytest.mark.parametrize(("rows", "confidence", "needed"), [(19, 0.95, 20), (99, 0.99, 100)])
+def test_too_few_rows_for_the_interval_are_refused(rows, confidence, needed):
+    with pytest.raises(ValueError, match=f"{rows} test rows are too few .* at least {needed}"):
+        verdicts(simulated(np.random.default_rng(0), arms=2, rows=rows), confidence=confidence)
+    verdicts(simulated(np.random.default_rng(0), arms=2, rows=needed), confidence=confidence)
+
+
+def test_methods_that_agree_on_every_row_are_within_noise():
+    grid = simulated(np.random.default_rng(0), arms=1)
+    assert verdicts([grid[0], grid[0]]) == {"1": "within noise"}
