@@ -65,6 +65,7 @@ class StiefelLinear(nn.Linear):
         super().__init__(in_features, out_features, bias=False, device=device, dtype=dtype)
         self.retraction = retraction
         self.step_scale = step_scale
+        self.settled: tuple[int, int] | None = None  # the weight and its version when it was last seen on the manifold
 
     def reset_parameters(self) -> None:
         """Draw a weight uniformly from the manifold."""

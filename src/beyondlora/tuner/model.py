@@ -12,6 +12,7 @@ from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quant
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..manifold.guard import check_manifold
 from .config import AdapterConfig, LayerSpec
 from .layer import AdapterLayer
 
@@ -98,6 +99,7 @@ class AdapterModel(BaseTuner):
         for module in self.model.modules():
             if isinstance(module, AdapterLayer):
                 module.check_mergeable(module.active_adapters)
+        check_manifold(self.model)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
