@@ -35,8 +35,7 @@ def refuse_optimizer(optimizer: Optimizer) -> None:
     if reason is not None:
         raise ValueError(
             f"{type(optimizer).__name__} cannot step Stiefel factors: {reason}. Take AdamW or another optimizer "
-            "that steps the module's own parameters once a call, or give the factors a Euclidean geometry "
-            '(stella_geometry="euclidean").'
+            "that steps the module's own parameters once a call, or give the factors a Euclidean geometry."
         )
 
 

@@ -121,7 +121,7 @@ class StiefelLinear(nn.Linear):
             return self.tall(polar_retraction(Y_MR, torch.zeros_like(Y_MR))).contiguous()
         warnings.warn(
             f"A weight that should be orthonormal was loaded and is off by {distance:.2g}: the checkpoint was not "
-            "trained on the Stiefel manifold. It is used as it is; the first training step will move it there.",
+            "trained on the Stiefel manifold. It computes as it is; training or merging it is refused.",
             stacklevel=2,
         )
         return precise
