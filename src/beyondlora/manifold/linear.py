@@ -69,6 +69,7 @@ class StiefelLinear(nn.Linear):
         super().__init__(in_features, out_features, bias=False, device=device, dtype=dtype)
         self.retraction = retraction
         self.step_scale = step_scale
+        self.settled: tuple[int, int] | None = None  # the weight and its version when it was last seen on the manifold
 
     def reset_parameters(self) -> None:
         """Draw a weight uniformly from the manifold."""
@@ -120,7 +121,7 @@ class StiefelLinear(nn.Linear):
             return self.tall(polar_retraction(Y_MR, torch.zeros_like(Y_MR))).contiguous()
         warnings.warn(
             f"A weight that should be orthonormal was loaded and is off by {distance:.2g}: the checkpoint was not "
-            "trained on the Stiefel manifold. It is used as it is; the first training step will move it there.",
+            "trained on the Stiefel manifold. It computes as it is; training or merging it is refused.",
             stacklevel=2,
         )
         return precise

@@ -23,8 +23,10 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
+from .fast import full_precision
+from .guard import Unowned, check_layer, refuse_optimizer, settle
 from .linear import StiefelLinear, live_stiefel_layers
-from .stiefel import RETRACTIONS, riemannian_gradient, to_tangent
+from .moves import Move, plan
 
 
 @dataclass
@@ -32,24 +34,38 @@ class _Step:
     """A step that has begun.
 
     Attributes:
-        starts: each layer with its Y before the step.
+        layers: the layers that are stepped.
+        moves: how each is stepped.
         gradients: the converted gradients, each with its version counter.
+        finite: whether the gradients are, as far as that is known.
         depth: how many calls of `step` are inside one another (an optimizer's step may call its parent class's).
     """
 
-    starts: list[tuple[StiefelLinear, Tensor]]
+    layers: list[StiefelLinear]
+    moves: list[Move]
     gradients: list[tuple[Tensor, int]]
+    finite: bool
     depth: int = 1
 
     def is_running(self) -> bool:
         """False for what a step that raised has left behind: since then there have been new gradients."""
         return all(
             layer.weight.grad is gradient and gradient._version == version
-            for (layer, _), (gradient, version) in zip(self.starts, self.gradients, strict=True)
+            for layer, (gradient, version) in zip(self.layers, self.gradients, strict=True)
         )
 
 
+@dataclass
+class _Plan:
+    """The moves of an optimizer's last step, with their buffers, and which weights they are for."""
+
+    weights: list[tuple[int, int, torch.dtype]]
+    moves: list[Move]
+
+
 _steps: "weakref.WeakKeyDictionary[Optimizer, _Step]" = weakref.WeakKeyDictionary()
+_plans: "weakref.WeakKeyDictionary[Optimizer, _Plan]" = weakref.WeakKeyDictionary()
+_unowned = Unowned()
 _handles: list[RemovableHandle] = []
 
 
@@ -65,21 +81,10 @@ def stiefel_layers_of(optimizer: Optimizer) -> list[StiefelLinear]:
     layers = live_stiefel_layers()
     if not layers:
         return []
-    owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    return list({id(layer.weight): layer for layer in layers if id(layer.weight) in owned}.values())
-
-
-def convert_gradient(layer: StiefelLinear) -> None:
-    """Replace the gradient of the layer's weight by the Riemannian one, in place."""
-    if layer.weight.grad is not None:
-        gradient = layer.tall(layer.weight.grad)
-        gradient.copy_(riemannian_gradient(layer.orthonormal.detach(), gradient))
-
-
-def retract(layer: StiefelLinear, before: Tensor) -> None:
-    """Turn the Euclidean step from `before` (the old Y) to the layer's weight into the Riemannian step, in place."""
-    step = (layer.orthonormal.detach() - before) * layer.step_scale
-    layer.orthonormal.copy_(RETRACTIONS[layer.retraction](before, to_tangent(before, step)))
+    by_weight = {id(layer.weight): layer for layer in layers}
+    # In the optimizer's order, not the set's: processes that gather shards must do so in the same order.
+    owned = dict.fromkeys(id(parameter) for group in optimizer.param_groups for parameter in group["params"])
+    return [by_weight[weight] for weight in owned if weight in by_weight]
 
 
 @torch.no_grad()
@@ -89,11 +94,13 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
         running.depth += 1
         return
     _steps.pop(optimizer, None)  # of a step that raised
+    _unowned.watch(optimizer)
     layers = [layer for layer in stiefel_layers_of(optimizer) if layer.weight.requires_grad]
     if not layers:
         return
     # Before the look at gradients: there may be none yet, the closure makes them.
     _refuse_closure(optimizer, [*args[1:], *kwargs.values()])
+    refuse_optimizer(optimizer)
     # Where an optimizer calls another one inside its step, the outer one takes the step of the weights they share.
     elsewhere = {id(gradient): version for step in _steps.values() for gradient, version in step.gradients}
     stepped = [
@@ -101,13 +108,28 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
         for layer in layers
         if layer.weight.grad is not None and elsewhere.get(id(layer.weight.grad)) != layer.weight.grad._version
     ]
-    for layer, _ in stepped:
-        convert_gradient(layer)
     if stepped:
-        _steps[optimizer] = _Step(
-            starts=[(layer, layer.orthonormal.detach().clone()) for layer, _ in stepped],
-            gradients=[(gradient, gradient._version) for _, gradient in stepped],
-        )
+        _begin(optimizer, [layer for layer, _ in stepped])
+
+
+def _begin(optimizer: Optimizer, layers: list[StiefelLinear]) -> None:
+    for layer in layers:
+        check_layer(layer)
+    moves = _moves(optimizer, layers)
+    with full_precision(layers[0].weight.device.type):
+        finite = [move.begin() for move in moves]
+    gradients = [layer.weight.grad for layer in layers]
+    versions = [(gradient, gradient._version) for gradient in gradients if gradient is not None]
+    _steps[optimizer] = _Step(layers=layers, moves=moves, gradients=versions, finite=all(finite))
+
+
+def _moves(optimizer: Optimizer, layers: list[StiefelLinear]) -> list[Move]:
+    """The moves for these layers: those of the last step where the weights are the same, buffers and all."""
+    weights = [(id(layer), layer.weight.data_ptr(), layer.weight.dtype) for layer in layers]
+    known = _plans.get(optimizer)
+    if known is None or known.weights != weights:
+        known = _plans[optimizer] = _Plan(weights, plan(layers))
+    return known.moves
 
 
 @torch.no_grad()
@@ -118,17 +140,20 @@ def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, A
     step.depth -= 1
     if step.depth == 0:
         del _steps[optimizer]
-        _refuse_infinite(optimizer, step)
-        for layer, before in step.starts:
-            retract(layer, before)
+        # A gradient scaler lets a fused optimizer see that a gradient is infinite, and skip.
+        if step.finite or not all(move.is_still() for move in step.moves):
+            with full_precision(step.layers[0].weight.device.type):
+                _end(optimizer, step)
+        for layer in step.layers:
+            settle(layer)
 
 
-def _refuse_infinite(optimizer: Optimizer, step: _Step) -> None:
-    """Put the factors back and raise if the optimizer has made one of them nan or infinite."""
-    if all(torch.isfinite(layer.weight).all() for layer, _ in step.starts):
+def _end(optimizer: Optimizer, step: _Step) -> None:
+    """Retract, or put every factor back and raise if the optimizer has made one of them nan or infinite."""
+    if step.finite and all(move.end() for move in step.moves):
         return
-    for layer, before in step.starts:
-        layer.orthonormal.copy_(before)
+    for move in step.moves:
+        move.undo()
     raise FloatingPointError(
         f"The step of {type(optimizer).__name__} made Stiefel factors nan or infinite: the loss or its gradient was. "
         "The factors have been put back to where they were before the step; other weights and the optimizer's state "

@@ -12,6 +12,7 @@ from peft.utils.other import get_pattern_key
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import nn
 
+from ..manifold.guard import check_manifold
 from .base_layers import CONVOLUTIONS, is_supported, layer_problem, matrix_shape, reading_of
 from .combine import check_combination, combine, combined_config
 from .config import AdapterConfig, LayerSpec
@@ -130,6 +131,7 @@ class AdapterModel(BaseTuner):
         for module in self.model.modules():
             if isinstance(module, AdapterLayer):
                 module.check_mergeable(module.active_adapters)
+        check_manifold(self.model)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

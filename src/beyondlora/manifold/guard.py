@@ -1,0 +1,126 @@
+"""Never silent: factors that moved without the step, and optimizers that cannot take it.
+
+A factor's version counter says for nothing that nobody touched it since the last look; only where it moved is YᵀY
+computed. Writing through `.data` does not move the counter: such a change is seen at the next save or merge only if
+something else moved it too.
+"""
+
+import warnings
+import weakref
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from .linear import StiefelLinear, live_stiefel_layers
+from .stiefel import distance_to_stiefel, polar_retraction
+
+ROUNDED = 5e-6  # what float32 leaves
+DRIFTED = 0.1  # beyond it, the nearest orthonormal matrix is a guess
+PATIENCE = 10  # steps with a gradient that no optimizer takes
+
+REFUSED = {
+    "LBFGS": "it evaluates the loss several times within one step, and every point but the first is off the manifold",
+    "DummyOptim": "it is a placeholder, and the real optimizer of DeepSpeed steps flat partitions of the weights",
+    "DeepSpeedZeroOptimizer": "it steps flat partitions of the weights (ZeRO), which are no matrices",
+    "DeepSpeedZeroOptimizer_Stage3": "it steps flat partitions of the weights (ZeRO), which are no matrices",
+    "LayerWiseDummyOptimizer": "its step does nothing, and each layer is stepped inside the backward pass",
+}
+
+
+def refuse_optimizer(optimizer: Optimizer) -> None:
+    """Raise a ValueError for an optimizer that cannot take the Riemannian step."""
+    reason = next((REFUSED[kind.__name__] for kind in type(optimizer).__mro__ if kind.__name__ in REFUSED), None)
+    if reason is not None:
+        raise ValueError(
+            f"{type(optimizer).__name__} cannot step Stiefel factors: {reason}. Take AdamW or another optimizer "
+            "that steps the module's own parameters once a call, or give the factors a Euclidean geometry."
+        )
+
+
+def settle(layer: StiefelLinear) -> None:
+    """Note that the factor is on the manifold now."""
+    layer.settled = (id(layer.weight), layer.weight._version)
+
+
+@torch.no_grad()
+def check_layer(layer: StiefelLinear) -> None:
+    """Look at a factor that moved since the last look: bring it back and say so, or refuse it.
+
+    Raises: ValueError for a factor without data, or too far from the manifold to be brought back.
+    """
+    weight = layer.weight
+    if weight.is_meta:
+        raise ValueError(
+            f"A Stiefel factor of shape {tuple(weight.shape)} is on the meta device: it has no values to step. "
+            "Materialise the model first (to_empty and load the weights)."
+        )
+    if weight.is_inference() or layer.settled == (id(weight), weight._version):
+        return
+    if isinstance(weight, DTensor):
+        raise ValueError(
+            f"A Stiefel factor of shape {tuple(weight.shape)} is sharded over processes (FSDP2, DTensor), and the step "
+            "needs whole matrices. Leave the adapter's factors out of fully_shard (ignored_params), or use DDP."
+        )
+    whole = layer.orthonormal.detach()
+    distance = distance_to_stiefel(whole).item()
+    if not distance <= DRIFTED:
+        raise ValueError(_far(layer, distance))
+    if distance > ROUNDED:
+        _bring_back(layer, whole, distance)
+    settle(layer)
+
+
+def check_manifold(model: nn.Module) -> None:
+    """`check_layer` for every Stiefel factor of a model that has values."""
+    for module in model.modules():
+        if isinstance(module, StiefelLinear) and not module.weight.is_meta:
+            check_layer(module)
+
+
+def _bring_back(layer: StiefelLinear, whole: Tensor, distance: float) -> None:
+    layer.orthonormal.copy_(polar_retraction(whole, torch.zeros_like(whole)))
+    warnings.warn(
+        f"A Stiefel factor of shape {tuple(layer.weight.shape)} had left the manifold by {distance:.1e} without our "
+        "step, and has been brought back to the nearest orthonormal matrix. Reasons: weights stored in half precision, "
+        "an edit by hand, an optimizer that does not run torch's step hooks.",
+        stacklevel=4,
+    )
+
+
+def _far(layer: StiefelLinear, distance: float) -> str:
+    return (
+        f"A Stiefel factor of shape {tuple(layer.weight.shape)} is off the manifold by {distance:.1e} (max |YᵀY − I|): "
+        "something moved it without the Riemannian step. Load a good checkpoint; step it with an optimizer that runs "
+        "torch's step hooks; or, to keep these weights, project them yourself: "
+        "weight.copy_(polar_retraction(weight, zeros))."
+    )
+
+
+class Unowned:
+    """Notices trainable factors whose gradients no optimizer takes: an adapter added after the optimizer was made."""
+
+    def __init__(self) -> None:
+        self._waits: weakref.WeakKeyDictionary[StiefelLinear, int] = weakref.WeakKeyDictionary()
+
+    def watch(self, optimizer: Optimizer) -> None:
+        """Count a step for every factor with a gradient that this optimizer does not own, and warn once."""
+        layers = [layer for layer in live_stiefel_layers() if layer.weight.requires_grad]
+        if not layers:
+            return
+        owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        late = []
+        for layer in layers:
+            if id(layer.weight) in owned:
+                self._waits[layer] = -1  # has an owner; another optimizer's step says nothing
+            elif layer.weight.grad is not None and self._waits.get(layer, 0) >= 0:
+                self._waits[layer] = self._waits.get(layer, 0) + 1
+                late += [layer] if self._waits[layer] == PATIENCE else []
+        if late:
+            warnings.warn(
+                f"{len(late)} Stiefel factors have had gradients for {PATIENCE} optimizer steps, and no optimizer that "
+                "stepped owns them: they are not being trained. Was an adapter added after the optimizer was made? "
+                "Make the optimizer from model.parameters() after the last adapter, or freeze what is not to train.",
+                stacklevel=3,
+            )

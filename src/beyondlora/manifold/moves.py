@@ -1,0 +1,188 @@
+"""One step of some factors: the gradients before it, the factors after it, and the way back where it went wrong.
+
+Which form a factor takes follows from its weight: float32 with the polar retraction is fast, one
+by one on a CPU and stacked on CUDA; everything else (float64, geodesics) is the definition of `stiefel.py`.
+Buffers are kept from step to step: in all, the bytes of the factors and a fifth.
+"""
+
+import itertools
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from . import fast
+from .linear import StiefelLinear
+from .stiefel import RETRACTIONS, riemannian_gradient, to_tangent
+
+
+class Move(Protocol):
+    """A step of one or several factors."""
+
+    def begin(self) -> bool:
+        """Remember where the factors are and convert their gradients; False if one is known not to be finite."""
+
+    def end(self) -> bool:
+        """Retract the optimizer's step; False, and nothing promised, if it is known not to be finite."""
+
+    def is_still(self) -> bool:
+        """Whether the factors are where they were at the beginning, bit for bit."""
+
+    def undo(self) -> None:
+        """Put the factors back to where they were at the beginning."""
+
+
+class Defined:
+    """One factor, by the definitions: float64, geodesics, devices of other kinds."""
+
+    def __init__(self, layer: StiefelLinear) -> None:
+        self._layer = weakref.ref(layer)  # a plan outlives its step, and must not keep a model alive
+        self.before = torch.empty_like(layer.orthonormal.detach())
+
+    @property
+    def layer(self) -> StiefelLinear:
+        """The layer whose weight moves."""
+        return _alive(self._layer)
+
+    def begin(self) -> bool:
+        """See `Move`."""
+        self.before.copy_(self.layer.orthonormal)
+        gradient = self.layer.tall(_gradient(self.layer))
+        gradient.copy_(riemannian_gradient(self.before, gradient))
+        return bool(torch.isfinite(gradient).all())
+
+    def end(self) -> bool:
+        """See `Move`."""
+        if not torch.isfinite(self.layer.weight).all():
+            return False
+        step = (self.layer.orthonormal.detach() - self.before) * self.layer.step_scale
+        self.layer.orthonormal.copy_(RETRACTIONS[self.layer.retraction](self.before, to_tangent(self.before, step)))
+        return True
+
+    def is_still(self) -> bool:
+        """See `Move`."""
+        return torch.equal(self.layer.orthonormal, self.before)
+
+    def undo(self) -> None:
+        """See `Move`."""
+        self.layer.orthonormal.copy_(self.before)
+
+
+class Single(Defined):
+    """One float32 factor, fast."""
+
+    def __init__(self, layer: StiefelLinear, scratch: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(layer)
+        self.scratch = scratch(self.before)
+
+    def begin(self) -> bool:
+        """See `Move`."""
+        self.before.copy_(self.layer.orthonormal)
+        return fast.convert_gradient_(self.before, self.layer.tall(_gradient(self.layer)))
+
+    def end(self) -> bool:
+        """See `Move`."""
+        return fast.retract_(self.before, self.layer.orthonormal.detach(), self.layer.step_scale, self.scratch)
+
+
+class Stack:
+    """Float32 factors of one shape and step scale on CUDA: few launches, and no look at a value.
+
+    A factor whose gradient or step is not finite stays where it was, without an error: raising one would mean waiting
+    for the device at every step. `refused` counts such steps, on the device.
+    """
+
+    SHARES = 5  # the scratch is a fifth of the stack
+
+    def __init__(self, layers: list[StiefelLinear]) -> None:
+        self._layers = [weakref.ref(layer) for layer in layers]
+        rows = layers[0].weight
+        self.before = rows.new_empty((len(layers), *rows.shape), requires_grad=False)
+        self.scratch = rows.new_empty((-(-len(layers) // self.SHARES), *rows.shape), requires_grad=False)
+        self.finite = torch.ones(len(layers), dtype=torch.bool, device=rows.device)
+        self.refused = torch.zeros((), dtype=torch.int64, device=rows.device)
+
+    @property
+    def layers(self) -> list[StiefelLinear]:
+        """The layers whose weights move."""
+        return [_alive(layer) for layer in self._layers]
+
+    def begin(self) -> bool:
+        """See `Move`."""
+        tall = self.layers[0].tall
+        torch._foreach_copy_(list(self.before), [layer.weight.detach() for layer in self.layers])
+        for part, stack in self._shares():
+            gradients = [_gradient(layer) for layer in self.layers[part]]
+            torch._foreach_copy_(list(stack), gradients)
+            self.finite[part] = fast.convert_gradients_stacked_(tall(self.before[part]), tall(stack))
+            torch._foreach_copy_(gradients, list(stack))
+        return True
+
+    def end(self) -> bool:
+        """See `Move`."""
+        tall, scale = self.layers[0].tall, self.layers[0].step_scale
+        for part, stack in self._shares():
+            weights = [layer.weight.detach() for layer in self.layers[part]]
+            torch._foreach_copy_(list(stack), weights)
+            moved = fast.retract_stacked_(tall(self.before[part]), tall(stack), scale, self.finite[part])
+            self.refused += (~moved).sum()
+            torch._foreach_copy_(weights, list(self.before[part]))
+        return True
+
+    def is_still(self) -> bool:
+        """See `Move`."""
+        return all(torch.equal(layer.weight, kept) for layer, kept in zip(self.layers, self.before, strict=True))
+
+    def undo(self) -> None:
+        """See `Move`."""
+        torch._foreach_copy_([layer.weight.detach() for layer in self.layers], list(self.before))
+
+    def _shares(self) -> Iterable[tuple[slice, Tensor]]:
+        size, count = len(self.scratch), len(self.before)
+        for first in range(0, count, size):
+            part = slice(first, min(first + size, count))
+            yield part, self.scratch[: part.stop - part.start]
+
+
+def plan(layers: list[StiefelLinear]) -> list[Move]:
+    """The moves that step these factors."""
+    scratches: dict[tuple[object, ...], Tensor] = {}
+
+    def scratch(like: Tensor) -> Tensor:
+        return scratches.setdefault((like.shape, like.stride(), like.device), torch.empty_like(like))
+
+    moves: list[Move] = []
+    stacked = [layer for layer in layers if _is_fast(layer) and layer.weight.device.type == "cuda"]
+    for _, group in itertools.groupby(sorted(stacked, key=_kind), key=_kind):
+        moves.append(Stack(list(group)))
+    for layer in layers:
+        if not _is_fast(layer) or layer.weight.device.type not in ("cpu", "cuda"):
+            moves.append(Defined(layer))
+        elif layer.weight.device.type == "cpu":
+            moves.append(Single(layer, scratch))
+    return moves
+
+
+def _is_fast(layer: StiefelLinear) -> bool:
+    weight = layer.weight
+    return weight.dtype == torch.float32 and layer.retraction == "polar"
+
+
+def _kind(layer: StiefelLinear) -> tuple[object, ...]:
+    return (tuple(layer.weight.shape), str(layer.weight.device), layer.step_scale)
+
+
+def _alive(reference: "weakref.ref[StiefelLinear]") -> StiefelLinear:
+    layer = reference()
+    if layer is None:
+        raise RuntimeError("A layer died while its optimizer stepped.")
+    return layer
+
+
+def _gradient(layer: StiefelLinear) -> Tensor:
+    gradient = layer.weight.grad
+    if gradient is None:
+        raise RuntimeError("A Stiefel factor lost its gradient while its optimizer stepped.")
+    return gradient

@@ -1,0 +1,167 @@
+"""The fast float32 step lands where the definition of algorithm 1 lands, for steps of every size."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from beyondlora.manifold import StiefelLinear, distance_to_stiefel, fast
+from beyondlora.manifold.moves import Single, Stack
+
+SHAPES = [(512, 8), (1024, 32), (200, 128), (16, 16), (64, 1)]
+SIZES = [1e-7, 5e-4, 1e-2, 0.1, 10.0, 1e6]
+every_shape = pytest.mark.parametrize(("M", "R"), SHAPES)
+every_size = pytest.mark.parametrize("size", SIZES)
+
+
+@pytest.fixture(autouse=True)
+def fresh_input() -> None:
+    seed = int(np.random.default_rng().integers(2**31))
+    torch.manual_seed(seed)
+    print(f"seed {seed}")  # noqa: T201
+
+
+def literal(Y: Tensor, after: Tensor, scale: float) -> Tensor:
+    """Steps 3 to 5 as the paper writes them, in NumPy float64 with an SVD."""
+    before, step = Y.double().numpy(), (after.double() - Y.double()).numpy() * scale
+    H = before.T @ step
+    U, _, Vt = np.linalg.svd(before + step - before @ (H + H.T) / 2, full_matrices=False)
+    return torch.from_numpy(U @ Vt)
+
+
+def points(M: int, R: int, size: float, count: int = 1) -> tuple[Tensor, Tensor]:
+    Y = torch.linalg.qr(torch.randn(count, M, R, dtype=torch.float64))[0].float()
+    return Y, Y + size * torch.randn(count, M, R).sign()
+
+
+@every_shape
+@every_size
+@pytest.mark.parametrize("scale", [1.0, 0.53, 2.0])
+def test_one_matrix_lands_on_the_papers_polar_factor(M: int, R: int, size: float, scale: float) -> None:
+    Y, after = (stack[0] for stack in points(M, R, size))
+    expected, kept = literal(Y, after, scale), Y.clone()
+    assert fast.retract_(Y, after, scale, torch.empty_like(Y))
+    assert torch.equal(Y, kept)
+    assert distance_to_stiefel(after) <= 1e-6
+    torch.testing.assert_close(after.double(), expected, rtol=0, atol=2e-6)
+
+
+@every_shape
+@every_size
+def test_a_stack_lands_there_too(M: int, R: int, size: float) -> None:
+    Y, after = points(M, R, size, count=3)
+    expected = torch.stack([literal(a, b, 0.53) for a, b in zip(Y, after, strict=True)])
+    start = Y.clone()
+    moved = fast.retract_stacked_(Y, after, 0.53, torch.ones(3, dtype=torch.bool))
+    assert moved.all() or size > 1  # an absurd step may be refused; it never leaves the manifold
+    assert distance_to_stiefel(Y).max() <= 1e-6
+    torch.testing.assert_close(Y[moved].double(), expected[moved], rtol=0, atol=2e-6)
+    assert torch.equal(Y[~moved], start[~moved])
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e30])
+def test_in_a_stack_what_cannot_step_stays_and_the_others_do(poison: float) -> None:
+    Y, after = points(64, 8, 1e-2, count=3)
+    start, expected = Y.clone(), literal(Y[0], after[0], 1.0)
+    after[1, 3, 2] = poison
+    moved = fast.retract_stacked_(Y, after, 1.0, torch.tensor([True, True, False]))
+    assert moved.tolist() == [True, False, False]
+    assert torch.equal(Y[1:], start[1:])
+    torch.testing.assert_close(Y[0].double(), expected, rtol=0, atol=2e-6)
+
+
+def test_a_huge_step_of_low_rank_stays_on_the_manifold() -> None:
+    Y, _ = points(64, 8, 0.0)
+    after = Y + 1e7 * torch.outer(torch.randn(64), torch.randn(8))
+    moved = fast.retract_stacked_(Y.clone(), after.clone(), 1.0, torch.ones(1, dtype=torch.bool))
+    assert fast.retract_(Y[0], after[0], 1.0, torch.empty_like(Y[0]))
+    assert distance_to_stiefel(after[0]) <= 1e-6
+    assert not moved.any()  # the stack, which cannot look, leaves it
+
+
+@every_shape
+def test_gradients_are_converted_as_edelman_and_others_define(M: int, R: int) -> None:
+    Y, G = points(M, R, 1.0, count=2)
+    expected = G.double() - Y.double() @ G.double().mT @ Y.double()
+    one, stack = G[0].clone(), G.clone()
+    assert fast.convert_gradient_(Y[0], one)
+    assert fast.convert_gradients_stacked_(Y, stack).all()
+    # Entries of YᵀG are sums of M terms of size 1/sqrt(M).
+    torch.testing.assert_close(one.double(), expected[0], rtol=0, atol=2e-5)
+    torch.testing.assert_close(stack.double(), expected, rtol=0, atol=2e-5)
+    one[0, 0] = float("nan")
+    assert not fast.convert_gradient_(Y[0], one)
+
+
+@pytest.mark.parametrize("sizes", [(8, 64), (64, 8)], ids=["tall", "wide"])
+def test_a_stack_of_layers_steps_as_the_layers_one_by_one(sizes: tuple[int, int]) -> None:
+    """The CUDA form, run on a CPU: seven layers, in shares of two."""
+    layers = [StiefelLinear(*sizes, step_scale=0.7) for _ in range(7)]
+    twins = [StiefelLinear(*sizes, step_scale=0.7) for _ in range(7)]
+    for layer, twin in zip(layers, twins, strict=True):
+        twin.load_state_dict(layer.state_dict())
+        layer.weight.grad = torch.randn_like(layer.weight)
+        twin.weight.grad = layer.weight.grad.clone()
+    layers[3].weight.grad[0, 0] = float("nan")
+    moves = [Stack(layers), *(Single(twin, torch.empty_like) for twin in twins)]
+    start = layers[3].weight.detach().clone()
+    with torch.no_grad():
+        for move in moves:
+            move.begin()
+        for layer in [*layers, *twins]:
+            layer.weight -= 0.1 * layer.weight.grad
+        for move in moves:
+            move.end()
+    assert torch.equal(layers[3].weight, start)
+    for i in (0, 1, 2, 4, 5, 6):
+        torch.testing.assert_close(layers[i].weight, twins[i].weight, rtol=0, atol=1e-6)
+    assert moves[0].refused.item() == 1
+
+
+def test_the_buffers_are_the_factors_bytes_and_a_fifth() -> None:
+    layers = [StiefelLinear(8, 64) for _ in range(10)]
+    stack = Stack(layers)
+    factors = sum(layer.weight.nbytes for layer in layers)
+    assert stack.before.nbytes + stack.scratch.nbytes <= 1.2 * factors
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_lowered_matmul_precision_is_kept_out_and_put_back(precision: str) -> None:
+    torch.set_float32_matmul_precision(precision)
+    try:
+        with fast.full_precision("cpu"):
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("circumstance", ["autocast", "medium"])
+def test_a_step_under_lowered_precision_is_the_same_step(circumstance: str) -> None:
+    layers = [StiefelLinear(16, 256)]
+    layers.append(StiefelLinear(16, 256))
+    layers[1].load_state_dict(layers[0].state_dict())
+    gradient = torch.randn(256, 16)
+    for layer in layers:
+        layer.weight.grad = gradient.clone()
+    torch.optim.AdamW(layers[0].parameters(), 0.01).step()
+    torch.set_float32_matmul_precision("medium" if circumstance == "medium" else "highest")
+    try:
+        with torch.autocast("cpu", torch.bfloat16, enabled=circumstance == "autocast"):
+            torch.optim.AdamW(layers[1].parameters(), 0.01).step()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.equal(layers[0].weight, layers[1].weight)
+
+
+@pytest.mark.gpu
+def test_on_cuda_the_step_never_waits_for_the_device() -> None:
+    layers = [StiefelLinear(32, 1024, device="cuda") for _ in range(5)]
+    optimizer = torch.optim.AdamW([layer.weight for layer in layers], 1e-3, foreach=True)
+    for step in range(3):
+        for layer in layers:
+            layer.weight.grad = torch.randn_like(layer.weight)
+        torch.cuda.set_sync_debug_mode("error" if step else "default")
+        optimizer.step()
+    torch.cuda.set_sync_debug_mode("default")
+    assert max(distance_to_stiefel(layer.orthonormal).item() for layer in layers) <= 1e-6

@@ -1,0 +1,113 @@
+"""Factors that moved without the step are seen; optimizers that cannot step them are refused; skipped steps skip."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from beyondlora.manifold import StiefelLinear, distance_to_stiefel
+from beyondlora.manifold.guard import PATIENCE, check_manifold
+
+
+def with_gradient(layer: StiefelLinear) -> StiefelLinear:
+    layer.weight.grad = torch.randn_like(layer.weight)
+    return layer
+
+
+def stepped(**options: float) -> tuple[StiefelLinear, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    layer = StiefelLinear(4, 64)
+    optimizer = torch.optim.AdamW(with_gradient(layer).parameters(), 1e-2, **options)
+    optimizer.step()
+    return layer, optimizer
+
+
+def test_a_factor_a_little_off_is_brought_back_at_the_next_step_and_said_so() -> None:
+    layer, optimizer = stepped()
+    with torch.no_grad():
+        layer.weight.copy_(layer.weight.bfloat16())
+    assert distance_to_stiefel(layer.orthonormal) > 1e-4
+    with pytest.warns(UserWarning, match=r"shape \(64, 4\) had left the manifold by .*brought back"):
+        optimizer.step()
+    assert distance_to_stiefel(layer.orthonormal) < 1e-6
+    with_gradient(layer)
+    optimizer.step()  # nothing more to say
+
+
+def test_a_factor_far_off_is_refused_before_anything_moved() -> None:
+    layer, optimizer = stepped()
+    with torch.no_grad():
+        layer.weight.mul_(1.5)
+    before = with_gradient(layer).weight.detach().clone()
+    with pytest.raises(ValueError, match=r"off the manifold by 1\.3e"):
+        optimizer.step()
+    assert torch.equal(layer.weight, before)
+
+
+def test_an_untouched_factor_costs_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, optimizer = stepped()
+    calls = []
+    monkeypatch.setattr("beyondlora.manifold.guard.distance_to_stiefel", lambda Y: calls.append(Y))
+    with_gradient(layer)
+    optimizer.step()
+    check_manifold(nn.Sequential(layer))
+    assert calls == []
+
+
+def test_a_copy_is_looked_at_afresh() -> None:
+    layer, _ = stepped()
+    twin = copy.deepcopy(layer)
+    with torch.no_grad():
+        twin.weight.mul_(2)
+    with pytest.raises(ValueError, match="off the manifold"):
+        check_manifold(twin)
+    check_manifold(layer)
+
+
+def test_a_factor_on_the_meta_device_is_refused() -> None:
+    layer = StiefelLinear(4, 64, device="meta")
+    layer.weight.grad = torch.empty_like(layer.weight)
+    with pytest.raises(ValueError, match=r"on the meta device.*Materialise"):
+        torch.optim.SGD(layer.parameters(), 0.1).step()
+
+
+@pytest.mark.parametrize("name", ["LBFGS", "DummyOptim", "DeepSpeedZeroOptimizer", "LayerWiseDummyOptimizer"])
+def test_optimizers_that_cannot_are_refused_by_name(name: str) -> None:
+    kind = type(name, (torch.optim.SGD,), {})
+    layer = with_gradient(StiefelLinear(4, 64))
+    before = layer.weight.detach().clone()
+    with pytest.raises(ValueError, match=f"{name} cannot step Stiefel factors: .*Take AdamW"):
+        kind(layer.parameters(), lr=0.1).step()
+    assert torch.equal(layer.weight, before)
+
+
+def test_an_adapter_added_after_the_optimizer_is_told_of() -> None:
+    first, late = with_gradient(StiefelLinear(4, 16)), with_gradient(StiefelLinear(4, 16))
+    optimizer = torch.optim.SGD(first.parameters(), 0.1)
+    with pytest.warns(UserWarning, match=r"1 Stiefel factors have had gradients.*not being trained"):
+        [optimizer.step() for _ in range(PATIENCE)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()  # once
+    del late
+
+
+def test_a_gradient_scaler_skips_and_steps() -> None:
+    for options in ({}, {"foreach": True}, {"fused": True}):
+        torch.manual_seed(0)
+        layer = StiefelLinear(4, 64)
+        optimizer = torch.optim.AdamW(layer.parameters(), 1e-2, **options)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        x = torch.randn(8, 4)
+        for poison in (False, True, False):
+            optimizer.zero_grad()
+            scaler.scale(layer(x).square().mean() + layer.weight.sum() * 1e-2).backward()
+            if poison:
+                layer.weight.grad[0, 0] = float("inf")
+            before = layer.weight.detach().clone()
+            scaler.step(optimizer)
+            scaler.update()
+            assert torch.equal(layer.weight, before) == poison
+            assert distance_to_stiefel(layer.orthonormal) <= 1e-6
