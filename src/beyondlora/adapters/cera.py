@@ -64,9 +64,11 @@ class CeraAdapter(Adapter):
         else:
             nn.init.kaiming_uniform_(self.up.weight, a=math.sqrt(5))
 
-    def forward(self, x_TN: torch.Tensor) -> torch.Tensor:
-        """Map inputs (..., N) to the addition to the layer's output (..., M)."""
-        return self.up(self.core(self.down(x_TN))) * self.scaling
+    def hidden(self, x_TN: torch.Tensor) -> torch.Tensor:
+        """D_p(act(A x)), (..., R): no dropout on x."""
+        return self.core(self.down(x_TN))
+
+    hidden_fused = hidden  # its dropout is R wide already
 
     def static_down_weight(self) -> torch.Tensor:
         """A itself: only the identity activation has a static form, and dropout is no part of it."""

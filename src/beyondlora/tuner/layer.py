@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..adapters.adapter import Adapter
+from ..adapters.fused import has_hooks
 
 
 class AdapterLayer(nn.Module, BaseTunerLayer):
@@ -77,8 +78,10 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
         dtype = result.dtype
+        ours = self._gives_its_output_away()
         for adapter in self._active():
-            result = result + adapter(self._cast_input_dtype(x, adapter.down.weight.dtype))
+            x_cast = self._cast_input_dtype(x, adapter.down.weight.dtype)
+            result = adapter.add_to(result, x_cast, overwrite=ours)
         return result.to(dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -134,6 +137,10 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         """Whether the adapter is exactly a weight update, which is what PEFT's `convert_to_lora` factorises."""
         adapter = self.adapters[adapter_name]
         return not (adapter.merge_refusal or adapter.merge_warning)
+
+    def _gives_its_output_away(self) -> bool:
+        # A linear layer keeps nothing of what it returns; of any other module or with a hook there is no saying.
+        return type(self.base_layer).forward in (nn.Linear.forward, Conv1D.forward) and not has_hooks(self.base_layer)
 
     def _active(self) -> list[Adapter]:
         return [self.adapters[name] for name in self.active_adapters if name in self.adapters]
