@@ -18,6 +18,7 @@ LEVELS = {
     "evaluate": 5,
     "train": 6,
     "demo": 7,
+    "doctor": 7,
     "cli": 8,
     "__main__": 9,
 }

@@ -112,6 +112,8 @@ def test_evaluate_takes_data_and_how_to_read_it(recipe_file, house, tmp_path):
         (["evaluate", "nowhere"], "does not exist"),
         (["train"], "RECIPE"),
         (["trane"], "trane"),
+        (["doctor", "--set", "seed=1"], "name one"),
+        (["doctor", "RECIPE", "--set", "adapter.r=0"], "positive integer"),
     ],
     ids=" ".join,
 )
@@ -153,6 +155,37 @@ def test_a_bug_shows_itself(recipe_file, monkeypatch):
 def test_a_traceback_can_be_asked_for(recipe_file, monkeypatch):
     monkeypatch.setenv("BEYONDLORA_TRACEBACK", "1")
     assert isinstance(call("train", recipe_file(), "--set", "adapter.r=0").exception, ValueError)
+
+
+# The doctor ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def one_layer(monkeypatch):
+    from beyondlora.doctor import probes
+
+    monkeypatch.setattr(probes, "LAYER_KINDS", probes.LAYER_KINDS[:1])
+
+
+def test_the_doctor_answers_for_machines_and_for_people(one_layer):
+    found = json.loads(call("doctor", "--json").stdout)
+    assert found["environment"]["versions"]["torch"] == torch.__version__
+    assert found["methods"]["STELLA"]["Linear"]["merge"] == {"state": "yes", "why": ""}
+    assert found["methods"]["CERA"]["Linear"]["merge"]["state"] == "refused"
+    assert found["optimizers"]["torch AdamW"]["state"] == "yes"
+    shown = call("doctor")
+    assert shown.exit_code == 0
+    assert "Cannot merge a CeRA adapter" in " ".join(shown.stdout.split())
+    assert all(len(line) <= 80 for line in shown.stdout.splitlines())
+
+
+def test_the_doctor_tries_a_recipe(recipe_file, tmp_path):
+    done = call("doctor", recipe_file())
+    assert done.exit_code == 0, done.stderr
+    assert "This recipe runs" in done.stdout
+    assert not (tmp_path / "run").exists()
+    assert call("doctor", recipe_file(), "--json").stdout.startswith("{")
+    assert call("doctor", recipe_file(adapter=small_runs.ADAPTERS["stella"] | {"r": 999})).exit_code == 2
 
 
 # Ctrl-C --------------------------------------------------------------------------------------------------------------

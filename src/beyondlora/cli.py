@@ -141,6 +141,49 @@ def demo(
         _say(f"Runs, curves.png and results.json: {folder}")
 
 
+@app.command()
+def doctor(
+    recipe: Annotated[
+        Path | None, typer.Argument(help="A recipe: will it run? Without one: what works here?", metavar="[RECIPE]")
+    ] = None,
+    set_: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown source.")] = False,
+) -> None:
+    """Find out what works in this environment, by doing it on small models; or try the first steps of a recipe."""
+    with _explained():
+        if recipe is None and set_:
+            raise ValueError("--set changes a recipe; name one.")
+        loaded = None if recipe is None else Recipe.load(recipe, set_ or ())
+        from . import doctor as examination
+
+        progress = _progress()
+        if loaded is not None:
+            found = examination.try_recipe(loaded, progress)
+            typer.echo(json.dumps(found, indent=2) if as_json else _verdict(found))
+            return
+        with _bar(progress, "probing") as on_row:
+            matrix = examination.probe_methods(on_row)
+        findings = (examination.describe_environment(), matrix, examination.probe_optimizers())
+        if as_json:
+            typer.echo(json.dumps(examination.as_json(*findings), indent=2))
+        elif as_markdown:
+            typer.echo(examination.as_markdown(*findings))
+        else:
+            from rich.markdown import Markdown
+
+            Console().print(Markdown(examination.as_markdown(*findings)))
+
+
+def _verdict(found: dict[str, Any]) -> str:
+    """What a trial of a recipe found, in words."""
+    steps = f"{found['steps']:,} steps of {found['seconds_per_step']:.2f} s, about {found['seconds'] / 60:.0f} min"
+    return (
+        f"This recipe runs: {found['trainable_parameters']:,} trainable parameters, {steps}, and the evaluations. "
+        f"Training loss of the first step {found['loss_before']:.4f}, of the third {found['loss_after']:.4f}."
+    )
+
+
 @contextmanager
 def _explained() -> Iterator[None]:
     """Turn what went wrong into a sentence and an exit code."""
@@ -174,14 +217,14 @@ def _resumable(recipe: Recipe) -> Iterator[None]:
 
 
 @contextmanager
-def _bar(progress: "Progress") -> Iterator[Any]:
-    """A bar that is begun by the first batch, when the number of rows is known."""
+def _bar(progress: "Progress", what: str = "evaluating") -> Iterator[Any]:
+    """A bar that is begun by the first call, when the number of rows is known."""
     begun = False
 
     def on_batch(done: int, rows: int) -> None:
         nonlocal begun
         if not begun:
-            progress.begin("evaluating", rows)
+            progress.begin(what, rows)
             begun = True
         progress.advance(done)
 

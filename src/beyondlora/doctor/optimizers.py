@@ -1,0 +1,69 @@
+"""The optimizers that can be found, each tried on factors that have to stay orthonormal."""
+
+import importlib
+import importlib.util
+import inspect
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..manifold.linear import StiefelLinear
+from ..manifold.stiefel import distance_to_stiefel
+from .answer import Answer, WrongResultError, ask
+
+HOMES = {  # what to call it -> the module that holds it, the package it comes with
+    "torch": ("torch.optim", "torch"),
+    "transformers": ("transformers.optimization", "transformers"),
+    "bitsandbytes": ("bitsandbytes.optim", "bitsandbytes"),
+    "torchao": ("torchao.optim", "torchao"),
+    "schedule-free": ("schedulefree", "schedulefree"),
+}
+
+
+def probe_optimizers() -> dict[str, Answer]:
+    """Every optimizer at hand: does it train a Stiefel factor, and does the factor stay on the manifold?"""
+    found = {}
+    for home, (module, package) in HOMES.items():
+        if importlib.util.find_spec(package) is None:
+            found[home] = Answer("absent", f"{package} is not installed")
+            continue
+        for name, optimizer_cls in _classes(module):
+            with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+                warnings.simplefilter("ignore")
+                found[f"{home} {name}"] = ask(lambda cls=optimizer_cls: _train_a_factor(cls))  # type: ignore[misc]
+    return found
+
+
+def _classes(module: str) -> Iterator[tuple[str, type[torch.optim.Optimizer]]]:
+    for name, member in sorted(vars(importlib.import_module(module)).items()):
+        is_optimizer = inspect.isclass(member) and issubclass(member, torch.optim.Optimizer)
+        if is_optimizer and member is not torch.optim.Optimizer and name == member.__name__ and name[0] != "_":
+            yield name, member
+
+
+def _train_a_factor(optimizer_cls: type[torch.optim.Optimizer]) -> None:
+    """Five steps on a small regression; the factor must move and stay orthonormal."""
+    torch.manual_seed(0)
+    factor = StiefelLinear(4, 64)
+    x, y = torch.randn(32, 4), torch.randn(32, 64)
+    before = factor.weight.detach().clone()
+    optimizer = optimizer_cls(factor.parameters(), **_rate(optimizer_cls))
+    getattr(optimizer, "train", lambda: None)()  # schedule-free ones have two modes
+    for _ in range(5):
+        nn.functional.mse_loss(factor(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    if (before - factor.weight).abs().max() < 1e-6:  # the way back to the manifold rounds
+        raise WrongResultError("the factor did not move")
+    distance = distance_to_stiefel(factor.orthonormal).item()
+    if not distance < 1e-5:
+        raise WrongResultError(f"the factor left the manifold by {distance:.1e}")
+
+
+def _rate(optimizer_cls: type[torch.optim.Optimizer]) -> dict[str, Any]:
+    """A learning rate, where the optimizer does not find its own."""
+    rate = inspect.signature(optimizer_cls).parameters.get("lr")
+    return {} if rate is None or rate.default is None else {"lr": 1e-2}

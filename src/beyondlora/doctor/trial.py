@@ -1,0 +1,68 @@
+"""Will this recipe run? Everything a training does, on all of its data, for three steps, in a folder that goes away."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from .. import data, models
+from ..attach import config_from
+from ..progress import Progress
+from ..recipe import Recipe
+from ..run_folder import RunFolder
+from ..train import train
+
+STEPS = 3
+
+
+def try_recipe(recipe: Recipe, progress: Progress | None = None) -> dict[str, Any]:
+    """Take the recipe's first steps, evaluate a batch, save and load the adapter; then say how long the rest takes.
+
+    All rows are read, checked and tokenised as for the run itself, so that nothing about them is found out later.
+    The run's own output_dir is looked at and left alone.
+
+    Returns: steps (of the whole run), seconds_per_step, seconds (of the steps; evaluations come on top), loss_before
+        and loss_after (training loss of the first and the last step tried), trainable_parameters, data.
+    Raises: whatever the training itself would raise: ValueError, OSError, FloatingPointError.
+    """
+    progress = progress or Progress()
+    config_from(recipe)
+    RunFolder(recipe.output_dir).claim(resume=False, overwrite=False)
+    rows = _training_rows(recipe)
+    with tempfile.TemporaryDirectory(prefix="beyondlora-trial-") as folder:
+        short = recipe.replace(
+            output_dir=str(Path(folder) / "run"),
+            max_steps=STEPS,
+            max_eval_samples=min(recipe.max_eval_samples or rows, recipe.per_device_eval_batch_size),
+            warmup_steps=0,
+            warmup_ratio=0.0,
+            logging_steps=1,
+            eval_steps=STEPS,
+            save_steps=STEPS,
+        )
+        summary = train(short, progress=progress)
+        steps = [row for row in RunFolder(short.output_dir).rows() if "loss" in row]
+    per_step = steps[1]["seconds"] - steps[0]["seconds"]  # neither the first, which warms up, nor the last, which saves
+    total = _steps(recipe, rows)
+    return {
+        "steps": total,
+        "seconds_per_step": per_step,
+        "seconds": per_step * total,
+        "loss_before": steps[0]["loss"],
+        "loss_after": steps[-1]["loss"],
+        "trainable_parameters": summary["trainable_parameters"],
+        "data": summary["data"],
+    }
+
+
+def _training_rows(recipe: Recipe) -> int:
+    """Read, check and tokenise all rows; returns how many there are to train on."""
+    processor = models.load_processor(recipe.model_name_or_path, task=recipe.task, image_size=recipe.image_size)
+    extra = models.extra_inputs(recipe.model_name_or_path, task=recipe.task, image_size=recipe.image_size)
+    return len(data.prepare(data.read_splits(recipe), processor, recipe, extra_inputs=extra).train)
+
+
+def _steps(recipe: Recipe, rows: int) -> int:
+    if recipe.max_steps > 0:
+        return recipe.max_steps
+    batch = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps
+    return int(-(-rows // batch) * recipe.num_train_epochs)

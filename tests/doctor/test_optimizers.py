@@ -1,0 +1,41 @@
+"""The optimizers at hand, each tried on a factor; the trial must see a factor that drifts or stands still."""
+
+import pytest
+import torch
+
+from beyondlora.doctor import optimizers as room
+from beyondlora.doctor.optimizers import probe_optimizers
+from beyondlora.manifold import riemannian
+
+
+def test_torchs_dense_optimizers_work_and_the_others_say_why_not():
+    found = probe_optimizers()
+    for name in ("SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "Adamax", "NAdam", "RAdam", "Rprop", "Muon"):
+        assert found[f"torch {name}"].state == "yes", name
+    for name in ("torch LBFGS", "torch SparseAdam"):
+        assert found[name].state == "refused"
+        assert found[name].why
+
+
+@pytest.mark.parametrize("home", [home for home in room.HOMES if home not in ("torch", "transformers")])
+def test_a_package_that_is_not_here_is_named(monkeypatch, home):
+    monkeypatch.setattr(room.importlib.util, "find_spec", lambda name: None)
+    assert probe_optimizers()[home].state == "absent"
+
+
+def test_a_factor_that_drifts_is_noticed(monkeypatch):
+    monkeypatch.setattr(riemannian, "stiefel_layers_of", lambda optimizer: [])  # the step is switched off
+    found = probe_optimizers()["torch AdamW"]
+    assert (found.state, "left the manifold" in found.why) == ("wrong", True)
+
+
+def test_a_factor_that_stands_still_is_noticed(monkeypatch):
+    class Idle(torch.optim.Optimizer):
+        def __init__(self, params):
+            super().__init__(params, {})
+
+        def step(self, closure=None):
+            return None
+
+    monkeypatch.setattr(room, "_classes", lambda module: iter([("Idle", Idle)]))
+    assert "did not move" in probe_optimizers()["torch Idle"].why

@@ -1,0 +1,62 @@
+"""The trial of a recipe: what would stop a run stops the trial, and the run's own folder stays untouched."""
+
+import json
+from pathlib import Path
+
+import pytest
+import small_runs
+
+from beyondlora.doctor import try_recipe
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
+
+def recipe(house, tmp_path, **changes):
+    return small_runs.recipe(house, **{"output_dir": str(tmp_path / "run")} | changes)
+
+
+def test_a_good_recipe_runs_and_leaves_nothing_behind(house, tmp_path):
+    found = try_recipe(recipe(house, tmp_path, adapter=small_runs.ADAPTERS["stella"]))
+    assert found["steps"] == 12
+    assert found["seconds"] == pytest.approx(12 * found["seconds_per_step"])
+    assert found["loss_before"] > 0
+    assert found["trainable_parameters"] > 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_epochs_are_counted_in_optimizer_steps(house, tmp_path):
+    by_epochs = {"max_steps": -1, "num_train_epochs": 2.0, "gradient_accumulation_steps": 2}
+    found = try_recipe(recipe(house, tmp_path, **by_epochs))
+    from beyondlora.train import train
+
+    assert train(recipe(house, tmp_path, **by_epochs))["steps"] == found["steps"]
+
+
+def test_a_finished_run_in_the_output_folder_is_refused(house, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text("task: causal-lm\n")
+    with pytest.raises(FileExistsError, match="--resume"):
+        try_recipe(recipe(house, tmp_path))
+
+
+def test_a_bad_row_far_behind_the_first_batch_is_found(house, tmp_path):
+    rows = [{"prompt": "a", "completion": "b"}] * 200 + [{"prompt": "a"}]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match="completion"):
+        try_recipe(
+            recipe(
+                house,
+                tmp_path,
+                dataset_name=str(data),
+                eval_fraction=0.1,
+                prompt_field="prompt",
+                completion_field="completion",
+            )
+        )
+
+
+def test_an_adapter_that_does_not_fit_is_found(house, tmp_path):
+    with pytest.raises(ValueError, match="smaller side"):
+        try_recipe(recipe(house, tmp_path, adapter=small_runs.ADAPTERS["stella"] | {"r": 1000}))
+    assert not Path(tmp_path / "run").exists()
