@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .adapter import Adapter, dropout_layer
+from .fused import dropped_linear
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "relu": nn.ReLU, "identity": nn.Identity}
 
@@ -68,7 +69,9 @@ class CeraAdapter(Adapter):
         """D_p(act(A x)), (..., R): no dropout on x."""
         return self.core(self.down(x_TN))
 
-    hidden_fused = hidden  # its dropout is R wide already
+    def hidden_fused(self, x_TN: torch.Tensor) -> torch.Tensor:
+        """The same; its dropout is R wide already."""
+        return self.core(dropped_linear(x_TN, self.down, nn.Identity()))
 
     def static_down_weight(self) -> torch.Tensor:
         """A itself: only the identity activation has a static form, and dropout is no part of it."""

@@ -48,12 +48,15 @@ def add_up(y_TM: Tensor, h_TR: Tensor, up: nn.Module, scaling: float, *, overwri
 
 
 def dropped_linear(x_TN: Tensor, down: nn.Module, dropout: nn.Module) -> Tensor:
-    """down(dropout(x)) that keeps x, which is there anyway, and one byte an entry instead of two arrays like x."""
-    if not (is_dropping(dropout) and is_plain_linear(down) and is_eager()):
+    """down(dropout(x)); with dropout it keeps x, which is there anyway, and a byte an entry instead of two arrays."""
+    if not (is_plain_linear(down) and is_eager()):
         return down(dropout(x_TN))
-    x_TN, W_RN = as_autocast(x_TN, x_TN, down.weight)
-    if x_TN.dtype != W_RN.dtype:
+    cast_TN, W_RN = as_autocast(x_TN, x_TN, down.weight)
+    if cast_TN.dtype != W_RN.dtype:
         return down(dropout(x_TN))
+    if not is_dropping(dropout):
+        return NarrowLinear.apply(dropout(cast_TN), W_RN)
+    x_TN = cast_TN
     keep_TN, share = keep_mask(x_TN, dropout.p)
     return DroppedLinear.apply(x_TN, W_RN, keep_TN, share)
 
@@ -86,6 +89,30 @@ class AddProduct(torch.autograd.Function):
         return gradients[0], dh_TR, dW_MR, None
 
 
+class NarrowLinear(torch.autograd.Function):
+    """x Wᵀ, whose gradient of x autograd can add the base layer's to in place."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TN: Tensor, W_RN: Tensor) -> Tensor:
+        """One product."""
+        ctx.save_for_backward(x_TN, W_RN)
+        return x_TN @ W_RN.mT
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """`F.linear` would return the gradient of x as a view, and a view is never added to in place."""
+        x_TN, W_RN = ctx.saved_tensors
+        dx_TN = dW_RN = None
+        if ctx.needs_input_grad[0] and torch.is_grad_enabled():
+            dx_TN = gradients[0] @ W_RN
+        elif ctx.needs_input_grad[0]:
+            dx_TN = x_TN.new_empty(x_TN.shape)
+            torch.mm(flat(gradients[0]), W_RN, out=dx_TN.view(-1, W_RN.shape[1]))
+        if ctx.needs_input_grad[1]:
+            dW_RN = flat(gradients[0]).mT @ flat(x_TN)
+        return dx_TN, dW_RN
+
+
 class DroppedLinear(torch.autograd.Function):
     """(x ∘ keep) Wᵀ / share. Saves x, W and the mask; x ∘ keep exists a block of rows at a time."""
 
@@ -105,15 +132,15 @@ class DroppedLinear(torch.autograd.Function):
         """Block by block again. Refuses to be differentiated itself, as torch words it."""
         x_TN, W_RN, keep_TN = ctx.saved_tensors
         g_TR = flat(gradients[0]) / ctx.share
-        dx_TN = torch.empty_like(flat(x_TN)) if ctx.needs_input_grad[0] else None
+        dx_TN = x_TN.new_empty(x_TN.shape) if ctx.needs_input_grad[0] else None
         dW_RN = torch.zeros_like(W_RN) if ctx.needs_input_grad[1] else None
         for start in range(0, keep_TN.shape[0], BLOCK):
             rows = slice(start, start + BLOCK)
             if dx_TN is not None:
-                dx_TN[rows] = torch.where(keep_TN[rows], g_TR[rows] @ W_RN, 0)
+                flat(dx_TN)[rows] = torch.where(keep_TN[rows], g_TR[rows] @ W_RN, 0)
             if dW_RN is not None:
                 dW_RN.addmm_(g_TR[rows].mT, torch.where(keep_TN[rows], flat(x_TN)[rows], 0))
-        return None if dx_TN is None else dx_TN.view(x_TN.shape), dW_RN, None, None
+        return dx_TN, dW_RN, None, None
 
 
 def keep_mask(like_TN: Tensor, p: float) -> tuple[Tensor, float]:
