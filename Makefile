@@ -1,4 +1,4 @@
-# make demo | test | test-slow | lint | format | clean.   PYTHON=python3.12 make test picks another interpreter.
+# make demo | test | test-slow | peft-suite | lint | format | clean.   PYTHON=python3.12 make test picks another interpreter.
 PYTHON ?= python3
 WORKERS ?= 2
 BIN := .venv/bin
@@ -6,7 +6,7 @@ READY := .venv/.ready
 # One thread a worker, and waiting threads that sleep: on a busy machine spinning ones cost ten times the work.
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
 
-.PHONY: help demo test test-slow lint format clean
+.PHONY: help demo test test-slow peft-suite lint format clean
 help:
 	@sed -n '1s/^# //p' Makefile
 
@@ -32,6 +32,10 @@ test: lint
 
 test-slow: $(READY)
 	$(PYTEST) -m "slow"
+
+# PEFT's own tests for our methods; needs the package index.
+peft-suite: $(READY)
+	$(BIN)/python benchmarks/peft_suite/run.py
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -17,12 +17,14 @@ LEVELS = {
     "attach": 4,
     "evaluate": 5,
     "train": 6,
+    "export": 6,
+    "foreign": 6,
     "demo": 7,
     "doctor": 7,
     "cli": 8,
     "__main__": 9,
 }
-LEAVES = {"recipe", "models", "data", "measure", "progress", "curves", "run_folder"}
+LEAVES = {"targets", "recipe", "models", "data", "measure", "progress", "curves", "run_folder"}
 HELPERS = {"recorder": "train"}  # parts of a room that stand beside it
 METHOD_HOMES = {"adapters/cera.py", "adapters/aurora.py", "adapters/stella.py", "adapters/__init__.py"}
 METHOD_HOMES |= {"tuner/methods.py", "__init__.py"}

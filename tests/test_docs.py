@@ -12,9 +12,11 @@ import pytest
 import small_models
 from shared_data import SHARED, needs_shared
 
+from beyondlora.export.folder import serving_command
+
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
-SHORTENED = ["--set", "max_steps=2", "--set", "eval_steps=2", "--set", "max_eval_samples=4"]
+SHORTENED = ["max_steps=2", "eval_steps=2", "max_train_samples=32", "max_eval_samples=4"]
 
 
 def blocks(language: str) -> list[tuple[str, str]]:
@@ -64,12 +66,15 @@ def test_the_beyondlora_commands_run_in_the_order_of_the_documents(tmp_path):
     ran = [command for _, command in commands() if command.startswith("beyondlora ") and "demo" not in command]
     assert any(command.startswith("beyondlora train") for command in ran)
     for command in ran:
-        words = shlex.split(command)[1:] + (SHORTENED if command.startswith("beyondlora train") else [])
+        words = shlex.split(command)[1:]
+        if command.startswith("beyondlora train"):
+            words += [word for change in SHORTENED for word in ("--set", change)]
         finished = subprocess.run(
             [sys.executable, "-m", "beyondlora", *words],
             cwd=tmp_path,
             env={
                 "PATH": "/usr/bin:/bin",
+                "PYTHONPATH": str(ROOT / "src"),
                 "BEYONDLORA_SHARED": str(SHARED),
                 "HF_HUB_OFFLINE": "1",
                 "HOME": str(tmp_path),
@@ -79,6 +84,12 @@ def test_the_beyondlora_commands_run_in_the_order_of_the_documents(tmp_path):
             timeout=300,
         )
         assert finished.returncode == 0, f"{command}\n{finished.stdout}\n{finished.stderr}"
+
+
+def test_the_serving_command_is_the_one_that_export_prints():
+    """vLLM itself is no part of the tests; the command is."""
+    (printed,) = [command for _, command in commands() if command.startswith("vllm serve")]
+    assert printed == serving_command(Path("served/stella"), base_model="$BASE", rank=8)
 
 
 def test_links_between_documents_lead_somewhere():

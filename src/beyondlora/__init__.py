@@ -14,14 +14,22 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .export import export_lora as export_lora
+    from .tuner.hotswap import hotswap_adapter as hotswap_adapter
     from .tuner.methods import AuroraConfig as AuroraConfig
     from .tuner.methods import CeraConfig as CeraConfig
     from .tuner.methods import StellaConfig as StellaConfig
 
 __version__ = "0.1.0.dev0"
 
-_HOME = {"AuroraConfig": ".tuner.methods", "CeraConfig": ".tuner.methods", "StellaConfig": ".tuner.methods"}
-__all__ = ["AuroraConfig", "CeraConfig", "StellaConfig", "__version__"]
+_HOME = {
+    "AuroraConfig": ".tuner.methods",
+    "CeraConfig": ".tuner.methods",
+    "StellaConfig": ".tuner.methods",
+    "export_lora": ".export",
+    "hotswap_adapter": ".tuner.hotswap",
+}
+__all__ = ["AuroraConfig", "CeraConfig", "StellaConfig", "__version__", "export_lora", "hotswap_adapter"]
 
 
 def __getattr__(name: str) -> Any:

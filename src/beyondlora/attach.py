@@ -109,6 +109,15 @@ def load_adapter(folder: Path, base: torch.nn.Module) -> PeftModel:
 
 def config_in(folder: Path) -> PeftConfig:
     """Read a folder's adapter_config.json. Raises: FileNotFoundError, ValueError."""
+    config_content(folder)
+    try:
+        return PeftConfig.from_pretrained(str(folder))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder / 'adapter_config.json'}: {error}") from error
+
+
+def config_content(folder: Path) -> dict[str, Any]:
+    """What a folder's adapter_config.json holds, of a known peft_type. Raises: FileNotFoundError, ValueError."""
     path = folder / "adapter_config.json"
     if not path.is_file():
         raise FileNotFoundError(
@@ -116,15 +125,13 @@ def config_in(folder: Path) -> PeftConfig:
             "written by model.save_pretrained."
         )
     try:
-        peft_type = json.loads(path.read_text(encoding="utf-8")).get("peft_type")
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        peft_type = content.get("peft_type")
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
     if peft_type not in peft_types():
         raise ValueError(f"{path}: peft_type {peft_type!r} is unknown; the known ones are {', '.join(peft_types())}.")
-    try:
-        return PeftConfig.from_pretrained(str(folder))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
+    return content
 
 
 def load_weights(model: PeftModel, folder: Path) -> None:
@@ -135,11 +142,12 @@ def load_weights(model: PeftModel, folder: Path) -> None:
         found = load_peft_weights(str(folder), device="cpu")
     except Exception as error:  # safetensors and pickle raise types of their own
         raise ValueError(f"The weights in {folder} are damaged: {error}") from error
-    _check_tensors(folder, get_peft_model_state_dict(model, save_embedding_layers=False), found)
+    check_tensors(folder, get_peft_model_state_dict(model, save_embedding_layers=False), found)
     set_peft_model_state_dict(model, found)
 
 
-def _check_tensors(folder: Path, expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> None:
+def check_tensors(folder: Path, expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> None:
+    """Refuse tensors that are not exactly the expected ones in name and shape. Raises: ValueError."""
     missing, foreign = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     if missing or foreign:
         kinds = ((missing, "missing"), (foreign, "unknown"))

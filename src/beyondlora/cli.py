@@ -7,12 +7,14 @@ Exit codes: 0 done; 1 stopped (the loss became nan), or a bug, which shows its t
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import yaml
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -115,6 +117,93 @@ def evaluate(
         else:
             how = " (merged)" if merged else ""
             _show(f"{result['adapter']}{how} on {result['data']}, {result['seconds']:.0f} s", result["metrics"])
+
+
+@app.command()
+def export(
+    target: Annotated[Path, typer.Argument(help="A run folder, or an adapter folder.", metavar="RUN_OR_ADAPTER")],
+    to: Annotated[str, typer.Option(help="'lora': a plain LoRA any server loads. 'merged': a whole model.")] = "lora",
+    out: Annotated[
+        Path | None, typer.Option(help="The folder to write. Default: RUN_OR_ADAPTER-lora or -merged.")
+    ] = None,
+    distil: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATA",
+            help="For an adapter that is no weight update: fit the nearest LoRA on DATA (train: the run's own rows).",
+        ),
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Of the distilled LoRA. Default: the adapter's.")] = None,
+    round_rank: Annotated[
+        bool, typer.Option("--round-rank", help="Pad the rank to one that vLLM takes as --max-lora-rank.")
+    ] = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="Compare on all evaluation rows: each layer, loss, perplexity, agreement.")
+    ] = False,
+    data: Annotated[
+        str | None, typer.Option(help="What to compare on. Default: the run's own evaluation rows, or a few prompts.")
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="How to read the data, for an adapter that belongs to no run.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what export.json holds.")] = False,
+) -> None:
+    """Write what a server loads: a plain LoRA or a merged model, compared with the live adapter before it counts."""
+    with _explained(), _warnings_said():
+        folder = out or target.with_name(f"{target.resolve().name}-{to}")
+        loaded = Recipe.load(recipe) if recipe else None
+        from .export import export as write
+
+        record = write(
+            target,
+            folder,
+            to=to,
+            distil=distil,
+            rank=rank,
+            round_rank=round_rank,
+            data=data,
+            recipe=loaded,
+            report=report,
+            progress=_progress(),
+        )
+        if as_json:
+            typer.echo(json.dumps(record, indent=2))
+            return
+        _show_gap(record, every_layer=report)
+        _say(f"Written: {folder}. To serve it:")
+        typer.echo(record["serve"])
+
+
+@app.command("import")
+def import_(
+    source: Annotated[Path, typer.Argument(help="An authors' checkpoint (.pt), or an adapter folder of theirs.")],
+    out: Annotated[Path, typer.Option(help="The adapter folder to write.")],
+    base_model: Annotated[
+        str | None, typer.Option(help="Folder or hub name of the base model. Default: as an adapter folder says.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="What the source cannot say: a key of the adapter's config."),
+    ] = None,
+) -> None:
+    """Turn the authors' own files into an adapter folder of ours; nothing missing, nothing left over."""
+    with _explained():
+        settings = {}
+        for setting in set_ or ():
+            key, equals, value = setting.partition("=")
+            if not equals:
+                raise ValueError(f"--set {setting!r} is no KEY=VALUE.")
+            settings[key] = yaml.safe_load(value)
+        from .foreign import import_adapter
+
+        found = import_adapter(source, out, base_model=base_model, settings=settings)
+        typer.echo(
+            f"{found['peft_type']}, r={found['r']}, {found['layers']} layers ({', '.join(found['target_modules'])}) of "
+            f"{found['base_model']}"
+        )
+        if found["repaired"]:
+            _say(f"{len(found['repaired'])} factors were stored rounded, and were put back on the Stiefel manifold.")
+        _say(f"Written: {out}")
 
 
 @app.command()
@@ -234,6 +323,18 @@ def _bar(progress: "Progress", what: str = "evaluating") -> Iterator[Any]:
         progress.end()
 
 
+@contextmanager
+def _warnings_said() -> Iterator[None]:
+    """Show our own warnings as sentences, without the line of source they come from."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        try:
+            yield
+        finally:
+            for message in dict.fromkeys(str(warning.message) for warning in caught if warning.category is UserWarning):
+                _say(f"Warning: {message}")
+
+
 def _say(message: str) -> None:
     messages.print(escape(message), soft_wrap=True, highlight=False)
 
@@ -261,3 +362,32 @@ def _show(title: str, metrics: dict[str, Any]) -> None:
     console = Console()
     console.print(title, markup=False, highlight=False)
     console.print(table)
+
+
+def _show_gap(record: dict[str, Any], *, every_layer: bool) -> None:
+    """Print how far an export is from the live adapter."""
+    console = Console()
+    console.print(f"{record['made_from']} as {record['form']} form, compared on {record['compared_on']}", markup=False)
+    table = Table("exported against live", "")
+    if record["layers"]:
+        shown = record["layers"] if every_layer else {}
+        for path, gap in shown.items():
+            table.add_row(path, f"{gap:.2e}")
+        table.add_row("layer output, relative: largest", f"{record['layer_gap']['largest']:.2e}")
+        table.add_row("layer output, relative: median", f"{record['layer_gap']['median']:.2e}")
+    table.add_row("logits, relative", f"{record['logits_relative']:.2e}")
+    table.add_row("logits, largest difference", f"{record['logits_max']:.2e}")
+    table.add_row("share of the adapter's effect lost", f"{record['adapter_relative']:.2e}")
+    table.add_row("top-1 agreement", f"{record['top1_agreement']:.4%}")
+    console.print(table)
+    if "scores" in record:
+        _show_scores(record["scores"])
+
+
+def _show_scores(scores: dict[str, dict[str, Any]]) -> None:
+    """Print the figures of the base model, the live adapter and the export beside each other."""
+    table = Table("metric", *scores)
+    for name in scores["live"]:
+        if name != "tokens":
+            table.add_row(name, *(f"{figures[name]['value']:.4f}" for figures in scores.values()))
+    Console().print(table)

@@ -7,6 +7,7 @@
 import json
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +45,10 @@ def evaluate(
     Returns: a mapping with "metrics" ({name: {value, stderr, n}}) and what they were measured on.
     Raises: FileNotFoundError, ValueError.
     """
-    folder, run = _locate(target)
-    config_in(folder)  # before anything that takes long
-    recipe = recipe or _recipe_of(folder, run, data)
     started = time.monotonic()
-    processor = models.load_processor(recipe.model_name_or_path, task=recipe.task, image_size=recipe.image_size)
-    extra = models.extra_inputs(recipe.model_name_or_path, task=recipe.task, image_size=recipe.image_size)
-    label_names = _label_names(recipe, run)
-    evaluation = data_module.prepare_evaluation(recipe, processor, data, label_names=label_names, extra_inputs=extra)
-    model = load_adapter(folder, load_base(recipe, processor, label_names))
+    opened = open_target(target, data=data, recipe=recipe)
+    recipe, evaluation = opened.recipe, opened.rows()
+    model = opened.load()
     network: torch.nn.Module = _merge(model) if merged else model
     network.to(device())
     scores = measure(
@@ -65,7 +61,7 @@ def evaluate(
         on_batch=on_batch,
     )
     return {
-        "adapter": str(folder),
+        "adapter": str(opened.folder),
         "task": recipe.task,
         "data": evaluation.description,
         "data_sha256": evaluation.fingerprint,
@@ -73,6 +69,54 @@ def evaluate(
         "seconds": time.monotonic() - started,
         "metrics": as_dict(scores),
     }
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An adapter folder, and what says how its base model and its rows are loaded.
+
+    Attributes:
+        data: what to measure on; None = the recipe's own evaluation rows.
+        measurable: whether there is anything to measure on.
+    """
+
+    folder: Path
+    recipe: Recipe
+    processor: Any
+    label_names: list[str] | None
+    data: str | None
+    measurable: bool
+
+    def load(self) -> PeftModel:
+        """The adapter on its base model, in evaluation mode, on the CPU."""
+        return load_adapter(self.folder, load_base(self.recipe, self.processor, self.label_names))
+
+    def rows(self, data: str | None = None, **changes: Any) -> data_module.Evaluation:
+        """Model-ready rows: of `data` or else of what was opened to measure on, by the recipe with some changes."""
+        recipe = self.recipe.replace(**changes)
+        extra = models.extra_inputs(recipe.model_name_or_path, task=recipe.task, image_size=recipe.image_size)
+        return data_module.prepare_evaluation(
+            recipe, self.processor, data or self.data, label_names=self.label_names, extra_inputs=extra
+        )
+
+
+def open_target(
+    target: Path, *, data: str | None = None, recipe: Recipe | None = None, needs_rows: bool = True
+) -> Opened:
+    """Find out what a run's best adapter, or any adapter folder, is and needs; loads no model yet.
+
+    Args:
+        target, data, recipe: see `evaluate`.
+        needs_rows: False = an adapter that nothing says how to measure is opened all the same.
+
+    Raises: FileNotFoundError, ValueError.
+    """
+    folder, run = _locate(target)
+    config_in(folder)  # before anything that takes long
+    measurable = not (recipe is None and run is None and data is None)
+    recipe = recipe or _recipe_of(folder, run, data if measurable or needs_rows else "(none)")
+    processor = models.load_processor(recipe.model_name_or_path, task=recipe.task, image_size=recipe.image_size)
+    return Opened(folder, recipe, processor, _label_names(recipe, run), data, measurable)
 
 
 def device() -> torch.device:

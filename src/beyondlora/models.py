@@ -102,6 +102,18 @@ def load_base(
     return model
 
 
+def empty_base(name_or_path: str, *, task: str) -> PreTrainedModel:
+    """The architecture of a model without its weights (on the meta device): names and shapes in no time.
+
+    Raises: FileNotFoundError, ValueError.
+    """
+    with _quiet(), _explained(name_or_path, f"a model for {task}"):
+        config = AutoConfig.from_pretrained(resolve_name(name_or_path))
+        with torch.device("meta"):
+            model: PreTrainedModel = _AUTO_CLASSES[task].from_config(config)
+    return model
+
+
 def load_processor(
     name_or_path: str, *, task: str, image_size: int | None = None
 ) -> PreTrainedTokenizerBase | BaseImageProcessor:

@@ -77,6 +77,18 @@ def test_delta_weight_equals_the_equation(row: Row) -> None:
 
 
 @every_row
+def test_the_lora_factors_are_a_pair_of_the_adapters_rank_with_the_scaling_in_b(row: Row) -> None:
+    adapter = row.build(7, 5, 3)
+    if row.delta is None:
+        with pytest.raises(ValueError, match="--distil"):
+            adapter.lora_factors()
+        return
+    B_MR, A_RN = (factor.detach().numpy() for factor in adapter.lora_factors())
+    assert (B_MR.shape, A_RN.shape) == ((5, 3), (3, 7))
+    np.testing.assert_allclose(B_MR @ A_RN, row.delta(weights(adapter)), **ROUNDING)
+
+
+@every_row
 def test_delta_weight_is_the_branch_exactly_where_no_warning_says_otherwise(row: Row) -> None:
     adapter, x = row.build(6, 5, 3), inputs(7, 6)
     if adapter.merge_refusal:

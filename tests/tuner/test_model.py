@@ -18,7 +18,7 @@ from beyondlora.manifold.linear import StiefelLinear
 from beyondlora.tuner.layer import AdapterLayer
 
 IDS = small_models.tokens()
-MERGE_WARNING = r"Merging AuroRA folds its static form.*evaluate RUN --merged"
+MERGE_WARNING = r"Merging AuroRA folds its static form.*export ADAPTER --report"
 
 
 def adapted(method, base=None, **options):
@@ -245,7 +245,7 @@ def test_a_safe_merge_refuses_broken_weights_and_keeps_the_base():
     layer = next(iter(layers(model).values()))
     before = layer.get_base_layer().weight.clone()
     layer.adapters["default"].core.weight.data[0, 0] = float("nan")
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(ValueError, match="The adapter default seems to be broken"):
         layer.merge(safe_merge=True)
     assert torch.equal(layer.get_base_layer().weight, before)
 
@@ -409,15 +409,10 @@ def test_targets_that_match_nothing_show_near_names():
         get_peft_model(small_models.llama(), CeraConfig(target_modules=["q_porj"]))
 
 
-@pytest.mark.parametrize(
-    ("layer", "message"),
-    [(nn.Embedding(7, 16), "tail is a Embedding"), (nn.Conv2d(3, 4, 1), "tail is a Conv2d")],
-    ids=["embedding", "conv"],
-)
-def test_unsupported_layers_are_refused_by_name(layer, message):
+def test_an_unsupported_layer_leaves_the_supported_ones_as_they_were():
     base = small_models.Perceptron()
-    base.tail = layer
-    with pytest.raises(ValueError, match=message):
+    base.tail = nn.LayerNorm(10)
+    with pytest.raises(ValueError, match="tail is a LayerNorm"):
         get_peft_model(base, AuroraConfig(target_modules=["first", "tail"]))
     assert not isinstance(base.first, AdapterLayer)
 
@@ -428,12 +423,6 @@ def test_the_projection_that_attention_never_calls_is_refused():
         ValueError, match=r"out_proj: nn.MultiheadAttention reads this layer's weight and never calls it"
     ):
         get_peft_model(base, CeraConfig(target_modules=["out_proj"]))
-
-
-@every_method
-def test_mixed_batches_are_refused_and_not_ignored(method):
-    with pytest.raises(ValueError, match="adapter_names"):
-        adapted(method)(IDS, adapter_names=["default", "__base__"])
 
 
 def test_lora_is_left_alone():

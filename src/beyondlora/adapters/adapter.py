@@ -5,8 +5,10 @@ Legend: T tokens (any leading dimensions), N inputs, M outputs, R rank.
 """
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .fused import add_up, dropped_linear
+from .reading import Reading
 
 
 class Adapter(nn.Module):
@@ -18,6 +20,7 @@ class Adapter(nn.Module):
         up: maps (T, R) to (T, M).
         scaling: s, dimensionless.
         dropout: probability p in [0, 1) with which an input feature is dropped in training.
+        reading: how `down` meets the input of an embedding or a convolution; None beside a linear layer.
 
     >>> linear, adapter = nn.Linear(8, 6), Adapter(down=nn.Linear(8, 2, bias=False), up=nn.Linear(2, 6, bias=False))
     >>> (linear(x) + adapter(x)).shape
@@ -32,11 +35,13 @@ class Adapter(nn.Module):
         core: nn.Module | None = None,
         scaling: float = 1.0,
         dropout: float = 0.0,
+        reading: Reading | None = None,
     ) -> None:
         super().__init__()
         self.down, self.core, self.up = down, core if core is not None else nn.Identity(), up
         self.scaling = scaling
-        self.dropout: nn.Module = dropout_layer(dropout)
+        self.reading = reading
+        self.dropout: nn.Module = dropout_layer(dropout if reading is None or reading.drops_features else 0.0)
 
     @property
     def rank(self) -> int:
@@ -49,11 +54,11 @@ class Adapter(nn.Module):
 
     def forward(self, x_TN: Tensor) -> Tensor:
         """Map inputs (..., N) to the addition to the layer's output (..., M)."""
-        return self.up(self.hidden(x_TN)) * self.scaling
+        return self.write(self.up(self.hidden(x_TN))) * self.scaling
 
     def hidden(self, x_TN: Tensor) -> Tensor:
         """What the up-projection sees, (..., R)."""
-        return self.core(self.down(self.dropout(x_TN)))
+        return self.core(self.read(self.dropout(x_TN)))
 
     def hidden_fused(self, x_TN: Tensor) -> Tensor:
         """The same without a copy of x, dropout's mask drawn anew."""
@@ -67,7 +72,19 @@ class Adapter(nn.Module):
             x_TN: the layer's input.
             overwrite: y was made for the caller and nobody else holds it, so its memory may take the result.
         """
+        if self.reading is not None:
+            return y_TM + self(x_TN)
         return add_up(y_TM, self.hidden_fused(x_TN), self.up, self.scaling, overwrite=overwrite)
+
+    def read(self, x_TN: Tensor, weight_RN: Tensor | None = None) -> Tensor:
+        """Down-project (..., N), or what `reading` says, to (..., R); with another weight if one is given."""
+        if self.reading is not None:
+            return self.reading.read(x_TN, self.down.weight if weight_RN is None else weight_RN)
+        return self.down(x_TN) if weight_RN is None else F.linear(x_TN, weight_RN)
+
+    def write(self, y_TM: Tensor) -> Tensor:
+        """Give (..., M) the layout of the layer's output."""
+        return y_TM if self.reading is None else self.reading.write(y_TM)
 
     def static_down_weight(self) -> Tensor:
         """The core applied to each column of the down-projection's weight, (R, N); for a linear core, core · down."""
@@ -81,6 +98,30 @@ class Adapter(nn.Module):
         if self.merge_refusal:
             raise ValueError(self.merge_refusal)
         return self.up.weight @ self.static_down_weight() * self.scaling
+
+    def lora_factors(self) -> tuple[Tensor, Tensor]:
+        """The pair (M, R), (R, N) whose product is the weight update ΔW: a LoRA's B, scaling folded in, and its A.
+
+        Raises: ValueError where no such pair exists (see `merge_refusal`).
+        """
+        if self.merge_refusal:
+            raise ValueError(self.merge_refusal)
+        return self.up.weight * self.scaling, self.static_down_weight()
+
+    def adopt(self, up_MK: Tensor, down_KN: Tensor) -> None:
+        """Become the weight update up · down, whose rank is at most R. Scaling stays as it is.
+
+        Raises: ValueError where the core is not linear (see `sum_refusal`).
+        """
+        raise ValueError(self.sum_refusal)
+
+    @property
+    def sum_refusal(self) -> str | None:
+        """Why a weighted sum of such adapters is not such an adapter; None where it is, and `adopt` works."""
+        return (
+            f"Cannot combine {type(self).__name__}s: the core is nonlinear, so a weighted sum of branches is not a "
+            "branch. Activate the adapters together (model.base_model.set_adapter([...])): their outputs add up."
+        )
 
     @property
     def merge_refusal(self) -> str | None:

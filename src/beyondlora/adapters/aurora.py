@@ -9,12 +9,12 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .adapter import Adapter
 from .bspline import SPLINES, PooledSpline
 from .cubic import AdaptiveCubic, UniformGrid
 from .fused import flat, has_hooks, is_eager
+from .reading import Reading
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "leaky_relu": nn.LeakyReLU, "sigmoid": nn.Sigmoid}
 
@@ -117,6 +117,7 @@ class AuroraAdapter(Adapter):
         scaling: s, dimensionless.
         dropout: probability in [0, 1) with which an input feature is dropped in training.
         noop_start: True starts at zero (B = 0); False draws B at random.
+        reading: see `Adapter`.
         device, dtype: of the weights.
         **nonlinear: passed to `AdaptiveNonlinearLayer`.
     """
@@ -130,6 +131,7 @@ class AuroraAdapter(Adapter):
         scaling: float = 2.0,
         dropout: float = 0.0,
         noop_start: bool = True,
+        reading: Reading | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **nonlinear: object,
@@ -139,6 +141,7 @@ class AuroraAdapter(Adapter):
             up=nn.Linear(rank, out_features, bias=False, device=device, dtype=dtype),
             scaling=scaling,
             dropout=dropout,
+            reading=reading,
         )
         self.core: AdaptiveNonlinearLayer = AdaptiveNonlinearLayer(rank, device=device, dtype=dtype, **nonlinear)  # type: ignore[arg-type]
         self.reset_parameters(noop_start=noop_start)
@@ -164,8 +167,8 @@ class AuroraAdapter(Adapter):
         Returns: 0 where they agree, 1 where the difference is as large as the adapter itself, inf or nan for an
         adapter whose output is zero.
         """
-        dynamic = self.up(self.core(self.down(x_TN))) * self.scaling
-        static = F.linear(x_TN, self.delta_weight())
+        dynamic = self.up(self.core(self.read(x_TN)))
+        static = self.up(self.read(x_TN, self.static_down_weight()))
         return (torch.linalg.vector_norm(static - dynamic) / torch.linalg.vector_norm(dynamic)).item()
 
     @property
@@ -173,8 +176,9 @@ class AuroraAdapter(Adapter):
         """The static form is an approximation."""
         return (
             "Merging AuroRA folds its static form s·B·σ(A) into the weights: σ(A)x is not σ(Ax), so the merged model "
-            "differs from the trained one. Measure it on your data before you rely on it: `beyondlora evaluate RUN` "
-            "against `beyondlora evaluate RUN --merged`, or AuroraAdapter.static_gap(x) for one layer."
+            "differs from the trained one, sometimes beyond use. Measure it on your data before you rely on it: "
+            "`beyondlora export ADAPTER --report`, or AuroraAdapter.static_gap(x) for one layer. `beyondlora export "
+            "ADAPTER --distil DATA` fits a nearer LoRA."
         )
 
 
@@ -183,7 +187,7 @@ class StaticAuroraAdapter(AuroraAdapter):
 
     def hidden(self, x_TN: Tensor) -> Tensor:
         """σ(A) x, (..., R)."""
-        return F.linear(self.dropout(x_TN), self.static_down_weight())
+        return self.read(self.dropout(x_TN), self.static_down_weight())
 
     hidden_fused = hidden
 

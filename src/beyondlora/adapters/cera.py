@@ -10,6 +10,7 @@ from torch import nn
 
 from .adapter import Adapter, dropout_layer
 from .fused import dropped_linear
+from .reading import Reading
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "relu": nn.ReLU, "identity": nn.Identity}
 
@@ -29,6 +30,7 @@ class CeraAdapter(Adapter):
         activation: "silu", or "relu" and "identity" for ablations.
         noop_start: True starts at zero (B = 0, the paper's); False draws B at random, like PEFT's
             `init_lora_weights=False`.
+        reading: see `Adapter`.
         device, dtype: of the weights.
 
     Raises: ValueError for an unknown activation.
@@ -44,6 +46,7 @@ class CeraAdapter(Adapter):
         dropout: float = 0.1,
         activation: str = "silu",
         noop_start: bool = True,
+        reading: Reading | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -51,7 +54,7 @@ class CeraAdapter(Adapter):
             raise ValueError(f"activation={activation!r} is unknown; choose one of {sorted(ACTIVATIONS)}.")
         down = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
         up = nn.Linear(rank, out_features, bias=False, device=device, dtype=dtype)
-        super().__init__(down=down, up=up, scaling=scaling)
+        super().__init__(down=down, up=up, scaling=scaling, reading=reading)
         self.activation = ACTIVATIONS[activation]()
         self.dropout = dropout_layer(dropout)
         self.core = nn.Sequential(self.activation, self.dropout)
@@ -67,7 +70,7 @@ class CeraAdapter(Adapter):
 
     def hidden(self, x_TN: torch.Tensor) -> torch.Tensor:
         """D_p(act(A x)), (..., R): no dropout on x."""
-        return self.core(self.down(x_TN))
+        return self.core(self.read(x_TN))
 
     def hidden_fused(self, x_TN: torch.Tensor) -> torch.Tensor:
         """The same; its dropout is R wide already."""
@@ -77,6 +80,24 @@ class CeraAdapter(Adapter):
         """A itself: only the identity activation has a static form, and dropout is no part of it."""
         return self.down.weight
 
+    @torch.no_grad()
+    def adopt(self, up_MK: torch.Tensor, down_KN: torch.Tensor) -> None:
+        """Become up · down (identity activation only); where K > R = min(M, N), one factor is the identity."""
+        if self.sum_refusal:
+            raise ValueError(self.sum_refusal)
+        if self.rank < len(down_KN):
+            product_MN = up_MK @ down_KN
+            identity_RR = torch.eye(self.rank, dtype=product_MN.dtype, device=product_MN.device)
+            tall = self.rank == self.down.in_features
+            up_MK, down_KN = (product_MN, identity_RR) if tall else (identity_RR, product_MN)
+        self.up.weight.copy_(up_MK / self.scaling)
+        self.down.weight.copy_(down_KN)
+
+    @property
+    def sum_refusal(self) -> str | None:
+        """Only the identity activation is linear."""
+        return None if isinstance(self.activation, nn.Identity) else super().sum_refusal
+
     @property
     def merge_refusal(self) -> str | None:
         """CeRA is nonlinear in x."""
@@ -84,5 +105,6 @@ class CeraAdapter(Adapter):
             return None
         return (
             "Cannot merge a CeRA adapter: it is nonlinear in x, so no weight matrix equals base + adapter. Keep it "
-            "attached (model.save_pretrained, PeftModel.from_pretrained), or train LoRA or StelLA, which merge exactly."
+            "attached (model.save_pretrained, PeftModel.from_pretrained), distil it to the nearest LoRA on your data "
+            "(beyondlora export ADAPTER --to lora --distil DATA), or train LoRA or StelLA, which merge exactly."
         )

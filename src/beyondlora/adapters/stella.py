@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from ..manifold.linear import StiefelLinear
 from ..manifold.stiefel import RETRACTIONS, random_stiefel
 from .adapter import Adapter
+from .reading import Reading
 
 GEOMETRIES = ("stiefel", "euclidean")
 STARTS = ("rando", "zero", "svd_major", "svd_minor")
@@ -74,6 +75,7 @@ class StellaAdapter(Adapter):
         start: "rando" (random orthonormal), "zero" (the same with S = 0), "svd_major" or "svd_minor" (leading or
             trailing singular vectors of the base weight).
         base_weight: W0 (M, N), needed by the two SVD starts.
+        reading: see `Adapter`. V's rows are tokens beside an embedding and kernel positions beside a convolution.
         device, dtype: of the weights.
 
     Raises: ValueError for R > min(M, N) or an unknown choice.
@@ -93,6 +95,7 @@ class StellaAdapter(Adapter):
         geometry: Literal["stiefel", "euclidean"] = "stiefel",
         start: Literal["rando", "zero", "svd_major", "svd_minor"] = "rando",
         base_weight: Tensor | None = None,
+        reading: Reading | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -112,7 +115,11 @@ class StellaAdapter(Adapter):
             )
 
         super().__init__(
-            down=factor(in_features, rank), up=factor(rank, out_features), scaling=scaling, dropout=dropout
+            down=factor(in_features, rank),
+            up=factor(rank, out_features),
+            scaling=scaling,
+            dropout=dropout,
+            reading=reading,
         )
         self.core: Dense | Diagonal = (Diagonal if diag_s else Dense)(rank, device=device, dtype=dtype)
         self.reset_parameters(start=start, base_weight=base_weight)
@@ -142,6 +149,28 @@ class StellaAdapter(Adapter):
         )
         kept = slice(0, self.rank) if start == "svd_major" else slice(-self.rank, None)
         return U_MK[:, kept], Vh_KN[kept].mT
+
+    def lora_factors(self) -> tuple[Tensor, Tensor]:
+        """The LoRA that the adapter equals: s·U·S (M, R) and Vᵀ (R, N). No SVD: the factors are there already."""
+        S_RR = self.core(torch.eye(self.rank, dtype=self.up.weight.dtype, device=self.up.weight.device)).mT
+        return self.scaling * self.up.weight @ S_RR, self.down.weight
+
+    @torch.no_grad()
+    def adopt(self, up_MK: Tensor, down_KN: Tensor) -> None:
+        """Become up · down: U, V the bases of its column and row space, S its singular values over the scaling."""
+        Q_MK, upper_KK = torch.linalg.qr(up_MK.double())
+        Q_NK, lower_KK = torch.linalg.qr(down_KN.mT.double())
+        left_KR, sigma_R, right_RK = torch.linalg.svd(upper_KK @ lower_KK.mT, full_matrices=False)
+        kept = slice(0, self.rank)
+        self.up.weight.copy_((Q_MK @ left_KR)[:, kept])
+        self.down.weight.copy_((right_RK @ Q_NK.mT)[kept])
+        S_R = sigma_R[kept] / self.scaling
+        self.core.weight.copy_(S_R if self.core.weight.dim() == 1 else S_R.diag())
+
+    @property
+    def sum_refusal(self) -> str | None:
+        """A sum of such products is such a product."""
+        return None
 
     def parts(self) -> dict[str, nn.Module]:
         """U, S and Vᵀ."""

@@ -1,5 +1,6 @@
 """StiefelLinear: a linear layer whose type says that its weight lives on a Stiefel manifold."""
 
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any, Self
@@ -8,7 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .stiefel import RETRACTIONS, random_stiefel
+from .stiefel import RETRACTIONS, distance_to_stiefel, polar_retraction, random_stiefel
+
+ROUNDING = 1e-5  # largest |YᵀY − I| that float32 leaves
+SURELY_NO_ROUNDING = 0.1  # bfloat16 leaves some 1e-3 on factors of any size
 
 _live: "weakref.WeakSet[StiefelLinear]" = weakref.WeakSet()
 
@@ -93,6 +97,33 @@ class StiefelLinear(nn.Linear):
             return converted if converted.dtype in (torch.float32, torch.float64) else tensor.to(converted.device)
 
         return super()._apply(keep_precision, recurse)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        loaded = state_dict.get(f"{prefix}weight")
+        if (
+            isinstance(loaded, Tensor)
+            and type(loaded) in (Tensor, nn.Parameter)
+            and loaded.shape == self.weight.shape
+            and not loaded.is_meta
+        ):
+            state_dict[f"{prefix}weight"] = self._on_the_manifold(loaded.detach())
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _on_the_manifold(self, loaded: Tensor) -> Tensor:
+        """A checkpoint's weight in float32 or better; what half precision has rounded off the manifold is put back."""
+        precise = loaded.to(torch.promote_types(loaded.dtype, torch.float32))
+        Y_MR = self.tall(precise)
+        distance = distance_to_stiefel(Y_MR).item()
+        if distance <= ROUNDING:
+            return precise
+        if distance < SURELY_NO_ROUNDING:
+            return self.tall(polar_retraction(Y_MR, torch.zeros_like(Y_MR))).contiguous()
+        warnings.warn(
+            f"A weight that should be orthonormal was loaded and is off by {distance:.2g}: the checkpoint was not "
+            "trained on the Stiefel manifold. It is used as it is; the first training step will move it there.",
+            stacklevel=2,
+        )
+        return precise
 
     def extra_repr(self) -> str:
         """Sizes, retraction and step scale for `repr`."""

@@ -10,6 +10,7 @@ from peft.utils import PeftType
 from torch import Tensor
 
 from ..adapters.adapter import Adapter
+from ..adapters.reading import Reading
 
 
 @dataclass(frozen=True)
@@ -17,11 +18,12 @@ class LayerSpec:
     """One layer to adapt, as a config needs to know it.
 
     Attributes:
-        in_features, out_features: N and M.
+        in_features, out_features: N and M of the base weight as a matrix.
         rank: R, after `rank_pattern`.
         scaling: s, after `alpha_pattern`.
         hidden_size: the model's, or None where it has none.
         base_weight: gives W0 (M, N), dequantised where need be; called only by starts that look at it.
+        reading: how the layer reads its input, where that is not rows of features.
     """
 
     in_features: int
@@ -30,6 +32,7 @@ class LayerSpec:
     scaling: float
     hidden_size: int | None
     base_weight: Callable[[], Tensor]
+    reading: Reading | None = None
 
 
 def option(help_text: str, **default: Any) -> Any:
@@ -42,6 +45,8 @@ class AdapterConfig(PeftConfig):
     """Fields of every method, named and meant as in `peft.LoraConfig`."""
 
     method: ClassVar[str]
+    # How the authors' own checkpoints call the weights, `<layer>.<method>.<name>.weight` → letter; {} = not at all.
+    checkpoint_names: ClassVar[dict[str, str]] = {}
 
     r: int = option("Rank R of the bottleneck, at least 1.", default=8)
     lora_alpha: float | None = option("Scaling numerator: s = lora_alpha / r. None means s = 1.", default=None)

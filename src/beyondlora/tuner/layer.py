@@ -1,4 +1,4 @@
-"""AdapterLayer: a linear layer of the base model with adapters beside it, for every method.
+"""AdapterLayer: a layer of the base model with adapters beside it, for every method.
 
 The maths is in the adapter (`beyondlora.adapters`); here is what PEFT asks of a layer: weights in a ModuleDict a
 letter (`<prefix><letter>.<adapter name>.weight`), merging, switching, devices and dtypes.
@@ -9,13 +9,15 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..adapters.adapter import Adapter
 from ..adapters.fused import has_hooks
+from .base_layers import as_matrix, as_weight, matrix_shape
+from .mixed_batch import check_rows, rows_by_adapter
 
 
 class AdapterLayer(nn.Module, BaseTunerLayer):
@@ -24,7 +26,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     A method subclasses it with its `prefix` and the `letters` of its weights, nothing else.
 
     Args:
-        base_layer: an `nn.Linear` or transformers' `Conv1D`, plain or quantised (or PEFT layers around one).
+        base_layer: a layer that `tuner/base_layers.py` lists (or PEFT layers around one).
         get_apply_tensor_subclass: what torchao layers need to be written back, passed on to PEFT's backend.
     """
 
@@ -41,8 +43,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.in_features: int
         self.out_features: int
-        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())  # type: ignore[assignment]
-        self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
+        self.out_features, self.in_features = matrix_shape(self.get_base_layer())
         self.quantization_backend = resolve_quantization_backend(
             self.get_base_layer(), get_apply_tensor_subclass=get_apply_tensor_subclass
         )
@@ -66,10 +67,16 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     def weight_matrix(self) -> Tensor:
         """The base weight W0 as (out, in), dequantised where need be."""
-        return self._oriented(self.get_base_weight())
+        return as_matrix(self.get_base_weight(), self.get_base_layer())
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The base layer's output with every active adapter's branch added, in the base output's dtype."""
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        """The base layer's output with every active adapter's branch added, in the base output's dtype.
+
+        Args:
+            adapter_names: of each row the one adapter to add, or "__base__"; default: the active ones to all rows.
+        """
+        if adapter_names is not None:
+            check_rows(x, adapter_names, merged=self.merged)
         if self.disable_adapters and self.merged:
             self.unmerge()
         result = self.base_layer(x, *args, **kwargs)
@@ -77,11 +84,16 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             return result
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
+        if adapter_names is not None:
+            return self._add_by_row(result, x, adapter_names)
         dtype = result.dtype
         ours = self._gives_its_output_away()
         for adapter in self._active():
-            x_cast = self._cast_input_dtype(x, adapter.down.weight.dtype)
-            result = adapter.add_to(result, x_cast, overwrite=ours)
+            if adapter.reading is None:
+                x_cast = self._cast_input_dtype(x, adapter.down.weight.dtype)
+                result = adapter.add_to(result, x_cast, overwrite=ours)
+            else:
+                result = result + self._branch(adapter, x)
         return result.to(dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -104,7 +116,10 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             merged = merged + self.get_delta_weight(name).to(merged)
         merged = merged.to(original.dtype)
         if safe_merge and not torch.isfinite(merged).all():
-            raise ValueError(f"Merging {names} gives weights that are not finite: the adapter seems to be broken.")
+            raise ValueError(
+                f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken; the base "
+                "weight is as it was."
+            )
         if self._weight_before_merge is None:
             self._weight_before_merge = original.detach().to("cpu", copy=True)
         self.set_base_weight(merged)
@@ -131,12 +146,12 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
         Raises: ValueError where the adapter is no weight update.
         """
-        return self._oriented(self.adapters[adapter].delta_weight())
+        return as_weight(self.adapters[adapter].delta_weight(), self.get_base_layer())
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether the adapter is exactly a weight update, which is what PEFT's `convert_to_lora` factorises."""
+        """Whether the adapter is exactly a linear layer's weight update, which PEFT's `convert_to_lora` factorises."""
         adapter = self.adapters[adapter_name]
-        return not (adapter.merge_refusal or adapter.merge_warning)
+        return adapter.reading is None and not (adapter.merge_refusal or adapter.merge_warning)
 
     def _gives_its_output_away(self) -> bool:
         # A linear layer keeps nothing of what it returns; of any other module or with a hook there is no saying.
@@ -145,8 +160,18 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     def _active(self) -> list[Adapter]:
         return [self.adapters[name] for name in self.active_adapters if name in self.adapters]
 
-    def _oriented(self, matrix: Tensor) -> Tensor:
-        return matrix.mT if self.fan_in_fan_out else matrix
+    def _branch(self, adapter: Adapter, x: Tensor) -> Tensor:
+        if x.is_floating_point():  # and not an embedding's indices
+            x = self._cast_input_dtype(x, adapter.down.weight.dtype)
+        branch = adapter(x)
+        scale = self._get_embed_scale()  # of embeddings that scale what they have looked up
+        return branch if scale is None else branch * scale.to(branch.dtype)
+
+    def _add_by_row(self, result: Tensor, x: Tensor, names: list[str]) -> Tensor:
+        for name, rows in rows_by_adapter(names).items():
+            if name in self.adapters:
+                result[rows] += self._branch(self.adapters[name], x[rows]).to(result.dtype)
+        return result
 
     def extra_repr(self) -> str:
         """The quantisation backend, if any."""

@@ -22,6 +22,7 @@ class CeraConfig(AdapterConfig):
     """
 
     method: ClassVar[str] = "cera"
+    checkpoint_names: ClassVar[dict[str, str]] = {"A": "A", "B": "B", "up_proj": "A", "down_proj": "B"}  # old: last two
 
     r: int = option("Rank R of the bottleneck, at least 1.", default=64)
     lora_dropout: float = option("Dropout probability in [0, 1) of the bottleneck units, in training.", default=0.1)
@@ -37,6 +38,7 @@ class CeraConfig(AdapterConfig):
             dropout=self.lora_dropout,
             activation=self.cera_activation,
             noop_start=self.init_lora_weights is True,
+            reading=layer.reading,
         )
 
 
@@ -86,6 +88,7 @@ class AuroraConfig(AdapterConfig):
             scaling=layer.scaling,
             dropout=self.lora_dropout,
             noop_start=self.init_lora_weights is True,
+            reading=layer.reading,
             activation=self.aurora_activation,
             spline=self.aurora_spline,
             fixed=self.aurora_fixed,
@@ -160,6 +163,7 @@ class StellaConfig(AdapterConfig):
             geometry=self.stella_geometry,
             start=start,
             base_weight=layer.base_weight() if start.startswith("svd") else None,
+            reading=layer.reading,
         )
 
     def starts(self) -> tuple[bool | str, ...]:

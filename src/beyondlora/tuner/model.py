@@ -1,19 +1,22 @@
 """AdapterModel: puts adapters beside the layers of a base model, for every method."""
 
+import dataclasses
 import difflib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
-from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
+from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
+from .base_layers import CONVOLUTIONS, is_supported, layer_problem, matrix_shape, reading_of
+from .combine import check_combination, combine, combined_config
 from .config import AdapterConfig, LayerSpec
 from .layer import AdapterLayer
+from .mixed_batch import check_names, handing_out
 
 
 class AdapterModel(BaseTuner):
@@ -24,11 +27,11 @@ class AdapterModel(BaseTuner):
 
     prefix: str = ""
     tuner_layer_cls: type[AdapterLayer] = AdapterLayer
-    target_module_mapping: dict[str, Any] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.copy()
+    target_module_mapping: dict[str, Any] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Check every target before the first one is replaced: a refused config leaves the model as it was."""
-        _maybe_include_all_linear_layers(peft_config, model)
+        _include_all_linear(peft_config, model)
         targets = self._targets(peft_config, model)
         if not targets and isinstance(peft_config.target_modules, (set, list)):
             _refuse_unmatched(sorted(peft_config.target_modules), model)
@@ -49,9 +52,8 @@ class AdapterModel(BaseTuner):
         }
 
     def _unbuildable(self, config: AdapterConfig, name: str, module: nn.Module) -> str | None:
-        in_features, out_features = _get_in_out_features(_base(module))
         rank = _pattern_value(config.rank_pattern, name, config.r)
-        problem = config.layer_problem(rank, int(out_features or 0), int(in_features or 0))
+        problem = config.layer_problem(rank, *matrix_shape(_base(module)))
         return problem and f"{name}: {problem}"
 
     def _create_and_replace(
@@ -79,6 +81,7 @@ class AdapterModel(BaseTuner):
             scaling=peft_config.scaling_for(rank, alpha),
             hidden_size=self._hidden_size(),
             base_weight=layer.weight_matrix,
+            reading=reading_of(layer.get_base_layer()),
         )
         layer.add(adapter_name, peft_config.make_adapter(spec), inference_mode=peft_config.inference_mode)
         if layer is not target:
@@ -86,11 +89,40 @@ class AdapterModel(BaseTuner):
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT's own version also hands over weights and moves devices. Our layer holds the child itself, and has moved
+        # its adapter; and a weight cannot be handed over where the child is a wrapper that computes it.
+        setattr(parent, child_name, new_module)
+
     def _hidden_size(self) -> int | None:
         config: Any = getattr(self.model, "config", None)
         if hasattr(config, "get_text_config"):
             config = config.get_text_config()
         return getattr(config, "hidden_size", None)
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "cat"
+    ) -> None:
+        """Add a new adapter that is the weighted sum of others, exactly; refused where the core is nonlinear.
+
+        Args:
+            adapters: names of adapters on this model.
+            weights: a factor for each.
+            adapter_name: of the new adapter, whose rank is the sum of theirs (at most the layer's smaller side).
+            combination_type: "cat"; PEFT's others are approximations of LoRA's.
+
+        Raises: ValueError, with the model as it was.
+        """
+        if combination_type != "cat":
+            raise ValueError(f"combination_type={combination_type!r} is not offered; 'cat' is exact.")
+        layers = {name: module for name, module in self.model.named_modules() if isinstance(module, AdapterLayer)}
+        check_combination(layers, self.peft_config, adapters, weights, adapter_name)
+        first = self.peft_config[adapters[0]]
+        self.peft_config[adapter_name] = dataclasses.replace(first, **combined_config(layers, adapters))
+        self.inject_adapter(self.model, adapter_name)
+        for layer in layers.values():
+            if adapter_name in layer.adapters:
+                combine(layer, adapters, weights, adapter_name)
 
     def _check_merge_allowed(self) -> None:
         """Refuse before the first layer is touched if any active adapter is no weight update."""
@@ -101,12 +133,30 @@ class AdapterModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is not None:
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        if self.training:
             raise ValueError(
-                "adapter_names: batches that mix several adapters are not supported yet. Group the rows by adapter, "
-                "and call model.set_adapter(name) before each group."
+                "Cannot pass `adapter_names` when the model is in training mode. Call model.eval() first; adapters are "
+                "trained one at a time, see model.set_adapter."
             )
-        yield
+        layers = [module for module in self.modules() if isinstance(module, AdapterLayer)]
+        check_names(names, {name for layer in layers for name in layer.adapters})
+        with handing_out(self, names, layer_type=AdapterLayer, beams=kwargs.get("num_beams") or 1):
+            yield
+
+
+def _include_all_linear(config: Any, model: nn.Module) -> None:
+    """PEFT's "all-linear", without the embeddings and convolutions that have an adapter layer around them already."""
+    before = config.target_modules
+    _maybe_include_all_linear_layers(config, model)
+    if config.target_modules != before:
+        others = (nn.Embedding, *CONVOLUTIONS)
+        config.target_modules = {
+            name for name in config.target_modules if not isinstance(_base(model.get_submodule(name)), others)
+        }
 
 
 def _pattern_value(pattern: dict[str, Any], name: str, default: Any) -> Any:
@@ -117,11 +167,6 @@ def _base(module: nn.Module) -> nn.Module:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
-def _is_supported(module: nn.Module) -> bool:
-    base = _base(module)
-    return isinstance(base, (nn.Linear, Conv1D)) or resolve_quantization_backend(base) is not None
-
-
 def _unsupported(name: str, module: nn.Module, model: nn.Module) -> str | None:
     parent = model.get_submodule(name.rpartition(".")[0])
     if isinstance(parent, nn.MultiheadAttention):
@@ -129,16 +174,12 @@ def _unsupported(name: str, module: nn.Module, model: nn.Module) -> str | None:
             f"{name}: nn.MultiheadAttention reads this layer's weight and never calls it, so an adapter would be "
             "without effect; leave it out of target_modules."
         )
-    if not _is_supported(module):
-        return (
-            f"{name} is a {type(module).__name__}; adapters go beside nn.Linear and transformers' Conv1D. Leave it out "
-            "of target_modules, or train it in full with modules_to_save."
-        )
-    return None
+    problem = layer_problem(_base(module))
+    return problem and f"{name} is a {type(_base(module)).__name__}: {problem}"
 
 
 def _refuse_unmatched(targets: list[str], model: nn.Module) -> None:
-    leaves = {name.rpartition(".")[2] for name, module in model.named_modules() if name and _is_supported(module)}
+    leaves = {name.rpartition(".")[2] for name, module in model.named_modules() if name and is_supported(_base(module))}
     near = {match for target in targets for match in difflib.get_close_matches(target.rpartition(".")[2], leaves)}
     hint = f"Did you mean {sorted(near)}?" if near else f"Layers that can be adapted: {sorted(leaves)}."
     raise ValueError(f"Target modules {targets} not found in the base model {type(model).__name__}. {hint}")

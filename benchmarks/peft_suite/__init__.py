@@ -1,0 +1,1 @@
+"""PEFT's own test suite, run for our methods: `make peft-suite`."""

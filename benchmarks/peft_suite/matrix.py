@@ -1,0 +1,163 @@
+"""pytest plugin: PEFT's test matrices, with the rows of LoRA rewritten for the method in $PEFT_SUITE_COLUMN.
+
+PEFT's modules are imported as they are. A parametrised test keeps the rows that LoRA has and that use nothing only LoRA
+has, with our config class in LoRA's place. Tests that name LoRA's (or, for the conversion, LoKr's) config in their body
+get ours under that name.
+"""
+
+import inspect
+import json
+import os
+import re
+from collections import Counter
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftConfig
+
+from . import hub
+from .columns import COLUMNS, Column, OnlyLoraError
+from .exclusions import EXCLUSIONS
+
+NAME = os.environ["PEFT_SUITE_COLUMN"]
+COLUMN: Column = COLUMNS[NAME]
+
+# Classes whose tests make a config in their body: the class of PEFT's that ours stands in for.
+STAND_INS = {
+    "TestLoraConversion": "LoKrConfig",
+    "TestLowLevelFunctional": "LoraConfig",
+    "TestInjectAdapterFromStateDict": "LoraConfig",
+    "TestPeftStateDict": "LoraConfig",
+    "TestGetBaseModelStateDict": "LoraConfig",
+    "TestCustomModelConfigWarning": "LoraConfig",
+    "TestLowCpuMemUsage": "LoraConfig",
+    "TestNamingConflictWarning": "LoraConfig",
+}
+# In those classes: tests that spell the parameter names of the other method, or take from the hub what has no stand-in.
+ABOUT_OTHERS = re.compile(
+    r"\"lora\" in|lora_(A|B|\"|\.|weight|embedding|head)|\.lokr|\"lokr|target_parameters"
+    r"|stable_diffusion|StableDiffusion|weight_conversion|loraplus|layer_replication|lora_only"
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Put local stand-ins in the place of what PEFT's tests take from the hub."""
+    import tests.testing_utils as shared
+
+    shared.hub_online_once = lambda model_id: nullcontext()
+    shared.load_dataset_english_quotes = hub.english_quotes
+    shared.load_cat_image = hub.cat_image
+    with_random_start = shared.set_init_weights_false
+
+    def set_init_weights_false(config_cls: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if config_cls is COLUMN.config_cls:
+            return {**kwargs, "init_lora_weights": False}
+        return with_random_start(config_cls, kwargs)
+
+    shared.set_init_weights_false = set_init_weights_false
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Rewrite a test's matrix before pytest reads it."""
+    marks = metafunc.definition.own_markers
+    column = COLUMN if metafunc.module.__name__.endswith("custom_models") else replace(COLUMN, largest_rank=None)
+    for index, mark in enumerate(marks):
+        if mark.name == "parametrize":
+            rows = list(mark.args[1])
+            if any(_configs(row) for row in rows):
+                kept = [new for row in rows if (new := _rewritten_row(row, column)) is not None]
+                marks[index] = pytest.mark.parametrize(mark.args[0], kept).mark
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item], config: pytest.Config) -> None:
+    """Keep the tests that are about our method, and mark what it contradicts by its nature."""
+    ours = [item for item in items if _is_ours(item)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(ours)])
+    items[:] = ours
+    for item in items:
+        for exclusion in EXCLUSIONS[NAME]:
+            if re.search(exclusion.pattern, item.nodeid):
+                item.add_marker(pytest.mark.xfail(reason=exclusion.reason, strict=not exclusion.may_pass))
+                break
+
+
+@pytest.fixture(autouse=True)
+def _stand_in(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)  # many tests draw weights without a seed of their own
+    name = STAND_INS.get(getattr(request.node.cls, "__name__", ""))
+    if name is not None:
+        monkeypatch.setattr(request.module, name, COLUMN.config)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Write what the runner reads: counts, exclusions by reason, failures by name."""
+    stats = terminalreporter.stats
+    counts = {kind: len(stats.get(kind, [])) for kind in ("passed", "failed", "error", "skipped", "xfailed", "xpassed")}
+    excluded = Counter(report.wasxfail.removeprefix("reason: ") for report in stats.get("xfailed", []))
+    failed = [report.nodeid for kind in ("failed", "error") for report in stats.get(kind, [])]
+    Path(os.environ["PEFT_SUITE_RESULT"]).write_text(
+        json.dumps({"counts": counts, "excluded": excluded, "failed": failed}, indent=1)
+    )
+
+
+def _is_ours(item: pytest.Item) -> bool:
+    if getattr(item.cls, "__name__", "") in STAND_INS:
+        return not (_unusable(item) or ABOUT_OTHERS.search(inspect.getsource(item.function)))
+    values = getattr(item, "callspec", None)
+    return values is not None and any(_is_our_config(value) for value in values.params.values())
+
+
+def _unusable(item: pytest.Item) -> bool:
+    """Tests of a stand-in class that are about another method's config, or skip at once."""
+    values = getattr(item, "callspec", None)
+    return (
+        values is not None
+        and any(_configs(value) for value in values.params.values())
+        and not any(_is_our_config(value) for value in values.params.values())
+    )
+
+
+def _is_our_config(value: Any) -> bool:
+    if isinstance(value, tuple) and len(value) == 2:  # the settings of the tests of torch.compile
+        return _is_our_config(value[0])
+    return value is COLUMN.config_cls or isinstance(value, COLUMN.config_cls)
+
+
+def _configs(row: Any) -> list[Any]:
+    """The PEFT config classes and instances in a row."""
+    values = row.values if hasattr(row, "values") and not isinstance(row, dict) else row
+    values = values if isinstance(values, (tuple, list)) else (values,)
+    nested = [part for value in values for part in (value if isinstance(value, tuple) else (value,))]
+    return [v for v in nested if isinstance(v, PeftConfig) or (isinstance(v, type) and issubclass(v, PeftConfig))]
+
+
+def _rewritten_row(row: Any, column: Column) -> Any:
+    """A row of LoRA for our method; None for rows of other methods, and for what only LoRA has."""
+    configs = _configs(row)
+    if not configs or not all(config is LoraConfig or type(config) is LoraConfig for config in configs):
+        return None
+    try:
+        if hasattr(row, "values") and not isinstance(row, (dict, LoraConfig)):
+            return pytest.param(*[_rewritten(value, column) for value in row.values], marks=row.marks)
+        return _rewritten(row, column)
+    except OnlyLoraError:
+        return None
+
+
+def _rewritten(value: Any, column: Column) -> Any:
+    if value is LoraConfig:
+        return column.config_cls
+    if isinstance(value, LoraConfig):
+        return column.translated(value)
+    if isinstance(value, (tuple, list)) and not all(isinstance(part, str) for part in value):
+        return type(value)(_rewritten(part, column) for part in value)
+    if isinstance(value, dict) and value:
+        return column.row_options(value)
+    if value == "lora":  # the name of the method in PEFT's words
+        return NAME
+    return value

@@ -1,0 +1,150 @@
+"""The rest of what PEFT offers LoRA, for one configuration of each method; and what is refused."""
+
+import pytest
+import small_models
+import torch
+from methods import METHODS
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftMixedModel,
+    PeftModel,
+    get_layer_status,
+    get_model_status,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
+
+from beyondlora import StellaConfig
+from beyondlora.tuner.layer import AdapterLayer
+
+one_of_each_paper = pytest.mark.parametrize(
+    "method", [m for m in METHODS if m.name in ("cera", "aurora", "stella")], ids=lambda method: method.name
+)
+IDS = small_models.tokens()
+
+
+def adapted(method, **options):
+    torch.manual_seed(0)
+    options = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", "init_lora_weights": False, **options}
+    return get_peft_model(small_models.llama(), method.config(**options))
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+@one_of_each_paper
+def test_token_rows_are_trained_and_saved_beside_the_adapter(method, tmp_path):
+    model = adapted(method, trainable_token_indices={"embed_tokens": [5, 7]})
+    before = model.get_input_embeddings().token_adapter.trainable_tokens_delta["default"].clone()
+    small_models.train_a_little(model, steps=4)
+    delta = model.get_input_embeddings().token_adapter.trainable_tokens_delta["default"]
+    assert delta.shape == (2, 32)
+    assert not torch.equal(delta, before)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(small_models.llama(), tmp_path)
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=0)
+
+
+@one_of_each_paper
+def test_tied_embeddings_stay_tied(method):
+    base = small_models.llama()
+    base.config.tie_word_embeddings = True
+    base.tie_weights()
+    model = get_peft_model(base, method.config(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    small_models.train_a_little(model)
+    inner = model.get_base_model()
+    assert inner.lm_head.weight.data_ptr() == inner.model.embed_tokens.weight.data_ptr()
+    assert not inner.lm_head.weight.requires_grad
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
+@one_of_each_paper
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_changes_no_gradient(method, use_reentrant):
+    def gradients(checkpointing: bool) -> dict[str, torch.Tensor]:
+        model = adapted(method, lora_dropout=0.0)
+        model.train()
+        if checkpointing:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+    plain, checkpointed = gradients(False), gradients(True)
+    assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in plain.values())
+    for name, gradient in plain.items():
+        torch.testing.assert_close(checkpointed[name], gradient)
+
+
+@one_of_each_paper
+def test_compiling_breaks_the_graph_no_more_than_lora_does(method):
+    def graphs(config) -> int:
+        torch._dynamo.reset()
+        model = get_peft_model(small_models.Perceptron(), config).train()
+        return torch._dynamo.explain(model)(torch.randn(3, 16)).graph_count
+
+    options = {"r": 2, "target_modules": ["first", "second"], "lora_dropout": 0.1}
+    assert graphs(method.config(**options)) == graphs(LoraConfig(**options)) == 1
+
+
+@one_of_each_paper
+def test_layers_are_found_from_a_state_dict_alone(method):
+    model = adapted(method, target_modules=r".*layers\.1.*(q_proj|up_proj)")
+    state = {
+        name.removeprefix("base_model.model."): tensor for name, tensor in get_peft_model_state_dict(model).items()
+    }
+    config = method.config(target_modules=["o_proj"], init_lora_weights=False)
+    with pytest.warns(RuntimeWarning, match="inconsistency"):  # the config says other layers, on purpose
+        injected = inject_adapter_in_model(config, small_models.llama(), state_dict=state)
+    found = {name for name, module in injected.named_modules() if isinstance(module, AdapterLayer)}
+    assert found == {"model.layers.1.self_attn.q_proj", "model.layers.1.mlp.up_proj"}
+    assert not set_peft_model_state_dict(injected, state).unexpected_keys
+    torch.testing.assert_close(logits(injected), logits(model))
+
+
+@one_of_each_paper
+def test_status_calls_and_counts(method, capsys):
+    model = adapted(method)
+    status = get_model_status(model)
+    assert (status.enabled, status.active_adapters, status.merged_adapters) == (True, ["default"], [])
+    assert status.num_adapter_layers == 4
+    assert status.peft_types == {"default": method.config_cls.method.upper()}
+    assert all(layer.requires_grad == {"default": True} for layer in get_layer_status(model))
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    model.print_trainable_parameters()
+    assert f"trainable params: {trainable:,}" in capsys.readouterr().out
+
+
+@one_of_each_paper
+def test_a_config_can_be_given_at_loading_and_the_card_is_ready_for_the_hub(method, tmp_path):
+    model = adapted(method)
+    model.save_pretrained(tmp_path)
+    config = PeftConfig.from_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(small_models.llama(), tmp_path, config=config)
+    assert loaded.peft_config["default"] is config
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=0)
+    card = (tmp_path / "README.md").read_text()
+    assert "library_name: peft" in card
+    assert "\n- lora\n" not in card  # servers would take it for one
+
+
+@one_of_each_paper
+def test_mixed_models_are_closed_to_outside_methods(method):
+    with pytest.raises(ValueError, match=r"not compatible with .*PeftMixedModel"):
+        get_peft_model(small_models.Perceptron(), method.config(r=2, target_modules=["first"]), mixed=True)
+    lora = get_peft_model(small_models.Perceptron(), LoraConfig(target_modules=["second"]), mixed=True)
+    assert isinstance(lora, PeftMixedModel)
+    with pytest.raises(ValueError, match="not compatible"):
+        lora.add_adapter("ours", method.config(r=2, target_modules=["first"]))
+
+
+def test_layers_split_by_tensor_parallelism_are_refused():
+    base = small_models.Perceptron()
+    base.first._hf_tp_plan = "colwise"
+    with pytest.raises(ValueError, match=r"first is a Linear: it is split over devices by tensor parallelism.*FSDP2"):
+        get_peft_model(base, StellaConfig(r=2, target_modules=["first"]))
