@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter
-from .bspline import SPLINES
+from .bspline import SPLINES, PooledSpline
+from .cubic import AdaptiveCubic, UniformGrid
+from .fused import flat, has_hooks, is_eager
 from .reading import Reading
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "leaky_relu": nn.LeakyReLU, "sigmoid": nn.Sigmoid}
@@ -72,6 +74,28 @@ class AdaptiveNonlinearLayer(nn.Module):
 
     def forward(self, z_TR: Tensor) -> Tensor:
         """Map (..., R) to (..., R)."""
+        return self.closed_form(z_TR) if self.has_closed_form and is_eager() else self.by_definition(z_TR)
+
+    @property
+    def has_closed_form(self) -> bool:
+        """Both terms, tanh and cubic: the paper's layer, on any grid, while nobody watches its parts being called."""
+        if self.H is None or self.spline is None or not isinstance(self.activation, nn.Tanh) or self.spline.order != 3:
+            return False
+        return not any(map(has_hooks, (self.activation, self.H, self.spline)))
+
+    def closed_form(self, z_TR: Tensor) -> Tensor:
+        """The same as `by_definition` in one step that keeps z alone."""
+        H_RR, W_RK = self.H.weight, self.spline.weight  # type: ignore[union-attr]
+        dtype = torch.promote_types(z_TR.dtype, torch.float32)
+        low, high = self.spline.grid_range  # type: ignore[union-attr]
+        spacing = (high - low) / self.spline.grid_size  # type: ignore[union-attr]
+        grid = UniformGrid(low, spacing, self.spline.grid_size, isinstance(self.spline, PooledSpline))  # type: ignore[union-attr]
+        with torch.autocast(z_TR.device.type, enabled=False):
+            y_TR = AdaptiveCubic.apply(flat(z_TR).to(dtype), H_RR.to(dtype), W_RK.to(dtype), grid)
+        return y_TR.view(z_TR.shape).to(z_TR.dtype)
+
+    def by_definition(self, z_TR: Tensor) -> Tensor:
+        """σ(z), term by term."""
         terms = []
         if self.H is not None:
             terms.append(self.activation(self.H(self.activation(z_TR))))
@@ -161,9 +185,11 @@ class AuroraAdapter(Adapter):
 class StaticAuroraAdapter(AuroraAdapter):
     """AuroRA-S, static in training too: branch(x) = s · B · σ(A) x. An exact weight update."""
 
-    def forward(self, x_TN: Tensor) -> Tensor:
-        """Map inputs (..., N) to the addition to the layer's output (..., M)."""
-        return self.write(self.up(self.read(self.dropout(x_TN), self.static_down_weight()))) * self.scaling
+    def hidden(self, x_TN: Tensor) -> Tensor:
+        """σ(A) x, (..., R)."""
+        return self.read(self.dropout(x_TN), self.static_down_weight())
+
+    hidden_fused = hidden
 
     @property
     def merge_warning(self) -> str | None:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .adapter import Adapter, dropout_layer
+from .fused import dropped_linear
 from .reading import Reading
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "relu": nn.ReLU, "identity": nn.Identity}
@@ -67,9 +68,13 @@ class CeraAdapter(Adapter):
         else:
             nn.init.kaiming_uniform_(self.up.weight, a=math.sqrt(5))
 
-    def forward(self, x_TN: torch.Tensor) -> torch.Tensor:
-        """Map inputs (..., N) to the addition to the layer's output (..., M)."""
-        return self.write(self.up(self.core(self.read(x_TN)))) * self.scaling
+    def hidden(self, x_TN: torch.Tensor) -> torch.Tensor:
+        """D_p(act(A x)), (..., R): no dropout on x."""
+        return self.core(self.read(x_TN))
+
+    def hidden_fused(self, x_TN: torch.Tensor) -> torch.Tensor:
+        """The same; its dropout is R wide already."""
+        return self.core(dropped_linear(x_TN, self.down, nn.Identity()))
 
     def static_down_weight(self) -> torch.Tensor:
         """A itself: only the identity activation has a static form, and dropout is no part of it."""

@@ -12,8 +12,10 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ..adapters.adapter import Adapter
+from ..adapters.fused import has_hooks
 from .base_layers import as_matrix, as_weight, matrix_shape
 from .mixed_batch import check_rows, rows_by_adapter
 
@@ -85,8 +87,13 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         if adapter_names is not None:
             return self._add_by_row(result, x, adapter_names)
         dtype = result.dtype
+        ours = self._gives_its_output_away()
         for adapter in self._active():
-            result = result + self._branch(adapter, x)
+            if adapter.reading is None:
+                x_cast = self._cast_input_dtype(x, adapter.down.weight.dtype)
+                result = adapter.add_to(result, x_cast, overwrite=ours)
+            else:
+                result = result + self._branch(adapter, x)
         return result.to(dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -145,6 +152,10 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         """Whether the adapter is exactly a linear layer's weight update, which PEFT's `convert_to_lora` factorises."""
         adapter = self.adapters[adapter_name]
         return adapter.reading is None and not (adapter.merge_refusal or adapter.merge_warning)
+
+    def _gives_its_output_away(self) -> bool:
+        # A linear layer keeps nothing of what it returns; of any other module or with a hook there is no saying.
+        return type(self.base_layer).forward in (nn.Linear.forward, Conv1D.forward) and not has_hooks(self.base_layer)
 
     def _active(self) -> list[Adapter]:
         return [self.adapters[name] for name in self.active_adapters if name in self.adapters]

@@ -1,0 +1,111 @@
+"""One adapted linear layer, forward and backward: what LoRA costs, and what the three methods cost beside it.
+
+    python benchmarks/branch.py --rounds 21 --out docs/results/branch.md
+
+float32, one thread, CPU time. Every contender does the same layer, rank and input. "base" is the frozen layer with the
+gradient of its input only: what no adapter can go below. A CUDA device, where there is one, is not used.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from side_by_side import compare, machine, peak_bytes
+from torch import nn
+
+from beyondlora import AuroraConfig, CeraConfig, StellaConfig
+
+SHAPES = [(768, 3072), (2048, 2048), (4096, 4096)]  # N → M
+METHODS: dict[str, Any] = {
+    "LoRA": lambda r: LoraConfig(r=r, lora_alpha=r, target_modules=["0"], init_lora_weights=False),
+    "LoRA again": lambda r: LoraConfig(r=r, lora_alpha=r, target_modules=["0"], init_lora_weights=False),
+    "LoRA+drop": lambda r: LoraConfig(
+        r=r, lora_alpha=r, lora_dropout=0.05, target_modules=["0"], init_lora_weights=False
+    ),
+    "base": None,
+    "CeRA": lambda r: CeraConfig(r=r, target_modules=["0"], init_lora_weights=False),
+    "AuroRA": lambda r: AuroraConfig(r=r, target_modules=["0"], init_lora_weights=False),
+    "AuroRA+drop": lambda r: AuroraConfig(r=r, lora_dropout=0.05, target_modules=["0"], init_lora_weights=False),
+    "StelLA": lambda r: StellaConfig(r=r, target_modules=["0"]),
+    "StelLA+drop": lambda r: StellaConfig(r=r, lora_dropout=0.05, target_modules=["0"]),
+}
+
+
+def layer(method: str, base: nn.Linear, rank: int) -> nn.Module:
+    """The base layer in a model, with the method's adapter."""
+    model = nn.Sequential(nn.Linear(base.in_features, base.out_features, bias=False, device="meta"))
+    model[0] = base  # the weight is shared by all contenders
+    make = METHODS[method]
+    if make is not None:
+        model = inject_adapter_in_model(make(rank), model)
+    return model.train()
+
+
+class Step:
+    """Forward and backward of one contender; gradients are freed after it."""
+
+    def __init__(self, model: nn.Module, x: torch.Tensor, upstream: torch.Tensor) -> None:
+        self.model, self.x, self.upstream = model, x, upstream
+
+    def __call__(self) -> None:
+        """Once."""
+        self.model(self.x).backward(self.upstream)
+        self.x.grad = None
+        self.model.zero_grad()
+
+
+def rows(inputs: int, outputs: int, rank: int, tokens: int, rounds: int) -> list[str]:
+    """The table's lines for one shape."""
+    base = nn.Linear(inputs, outputs, bias=False).requires_grad_(False)
+    x, upstream = torch.randn(1, tokens, inputs, requires_grad=True), torch.randn(1, tokens, outputs)
+    steps = {method: Step(layer(method, base, rank), x, upstream) for method in METHODS}
+    peaks = {method: peak_bytes(step) for method, step in steps.items()}
+    ratios = compare(steps, "LoRA", rounds)
+    head = f"| {inputs}→{outputs} | {rank} | {tokens} |"
+    lora, dropping = "LoRA", "LoRA+drop"
+    return [
+        f"{head} {method} | {ratio} | {ratio.median / ratios[dropping].median:.2f} | {ratio.seconds * 1e3:.0f} | "
+        f"{peaks[method] / peaks[lora]:.2f} | {peaks[method] / peaks[dropping]:.2f} | {peaks[method] / 2**20:.1f} |"
+        for method, ratio in ratios.items()
+    ]
+
+
+def main() -> None:
+    """Measure and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--widths", type=int, nargs="+", default=[768, 2048, 4096], help="which of the input widths")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192])
+    parser.add_argument("--out", type=Path, help="the Markdown file; default: standard output")
+    parser.add_argument("--date", default="", help="date to record")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    lines = [
+        "# One adapted linear layer, forward and backward",
+        "",
+        f"`python benchmarks/branch.py`: float32, {arguments.rounds} rounds, all in one process, interleaved.",
+        f"{arguments.date} {machine()}.",
+        "",
+        "Time is the median over the rounds of time / LoRA's time in the same round (quartiles); memory the peak of",
+        "tensor bytes during the step beyond weights, input and upstream gradient.",
+        "",
+        "| layer | r | tokens | method | time / LoRA | / LoRA+drop | ms | memory / LoRA | / LoRA+drop | MiB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for inputs, outputs in SHAPES:
+        for rank in arguments.ranks:
+            for tokens in arguments.tokens:
+                if inputs in arguments.widths:
+                    lines += rows(inputs, outputs, rank, tokens, arguments.rounds)
+                    print(*lines[-len(METHODS) :], sep="\n", flush=True)
+    text = "\n".join([*lines, ""])
+    if arguments.out:
+        arguments.out.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

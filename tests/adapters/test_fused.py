@@ -1,0 +1,294 @@
+"""The fast path against the plain definition, y + adapter(x), on fresh random inputs; and where it must step aside.
+
+Legend of the shape suffixes: T tokens, N inputs, M outputs, R rank.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from adapters.rows import ROWS, Row
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+from beyondlora.adapters import Adapter
+from beyondlora.adapters.fused import DroppedLinear, dropped_linear, keep_mask
+
+every_row = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+some_rows = pytest.mark.parametrize("name", ["lora", "cera-silu", "aurora-pooled-tanh", "stella-dense"])
+# float64: rounding of sums in another order. float32 and bfloat16: a few units in the last place of values around ten.
+ROUNDING = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 0.2}
+
+
+def fresh(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(torch.seed() % 2**31))
+
+
+def plain(adapter: Adapter, y_TM: Tensor, x_TN: Tensor) -> Tensor:
+    return y_TM + adapter(x_TN)
+
+
+def fast(adapter: Adapter, y_TM: Tensor, x_TN: Tensor) -> Tensor:
+    return adapter.add_to(y_TM, x_TN, overwrite=True)
+
+
+def results(add: Callable[..., Tensor], adapter: Adapter, x: Tensor, W0: Tensor, upstream: Tensor) -> list[Tensor]:
+    """Output, gradient of the input and of every weight of a layer with the adapter beside W0."""
+    adapter, x = copy.deepcopy(adapter), x.clone().requires_grad_()
+    y = add(adapter, nn.functional.linear(x, W0), x)
+    y.backward(upstream)
+    return [y.detach(), x.grad, *(p.grad for p in adapter.parameters())]
+
+
+@every_row
+@pytest.mark.parametrize("lead", [(7,), (), (2, 3), (2, 0, 3)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_equals_the_definition(row: Row, lead: tuple[int, ...], dtype: torch.dtype) -> None:
+    adapter = row.build(6, 5, 3).to(dtype)
+    arguments = adapter, fresh(*lead, 6, dtype=dtype), fresh(5, 6, dtype=dtype), fresh(*lead, 5, dtype=dtype)
+    for mine, definition in zip(results(fast, *arguments), results(plain, *arguments), strict=True):
+        torch.testing.assert_close(mine, definition, rtol=ROUNDING[dtype], atol=ROUNDING[dtype])
+
+
+@some_rows
+def test_is_the_fast_path_and_writes_over_y(name: str) -> None:
+    adapter, x = ROWS[name].build(6, 5, 3), fresh(2, 4, 6)
+    y = nn.functional.linear(x, fresh(5, 6))
+    address = y.data_ptr()
+    added = fast(adapter, y, x)
+    assert type(added.grad_fn).__name__ == "AddProductBackward"
+    assert added.data_ptr() == address
+    with torch.no_grad():
+        assert fast(adapter, y, x).data_ptr() == address
+
+
+@some_rows
+def test_leaves_y_alone_unless_given_away(name: str) -> None:
+    adapter, x, y = ROWS[name].build(6, 5, 3), fresh(4, 6), fresh(4, 5)
+    before = y.clone()
+    torch.testing.assert_close(adapter.add_to(y, x), before + adapter(x), rtol=1e-12, atol=1e-12)
+    assert torch.equal(y, before)
+
+
+def test_somebody_who_saved_y_is_told() -> None:
+    adapter, x = ROWS["lora"].build(6, 5, 3), fresh(4, 6).requires_grad_()
+    y = nn.functional.linear(x, fresh(5, 6))
+    squared = y.square()  # saves y
+    added = fast(adapter, y, x)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (squared.sum() + added.sum()).backward()
+
+
+@pytest.mark.parametrize(
+    "y", [fresh(4, 5).requires_grad_(), fresh(5, 4).mT, nn.Parameter(fresh(4, 5))], ids=["leaf", "strided", "parameter"]
+)
+def test_what_must_not_be_overwritten_is_not(y: Tensor) -> None:
+    adapter, x, before = ROWS["cera-silu"].build(6, 5, 3), fresh(4, 6), y.detach().clone()
+    torch.testing.assert_close(fast(adapter, y, x), y + adapter(x), rtol=1e-12, atol=1e-12)
+    assert torch.equal(y.detach(), before)
+
+
+def test_a_hook_on_the_up_projection_is_called() -> None:
+    adapter, seen = ROWS["lora"].build(6, 5, 3), []
+    adapter.up.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    y, x = fresh(4, 5), fresh(4, 6)
+    torch.testing.assert_close(fast(adapter, y.clone(), x), y + adapter(x), rtol=1e-12, atol=1e-12)
+    assert len(seen) == 2
+
+
+SMOOTH = {name: row for name, row in ROWS.items() if not row.kinks.size}
+
+
+@pytest.mark.parametrize("row", SMOOTH.values(), ids=SMOOTH)
+def test_gradcheck(row: Row) -> None:
+    adapter, x, W0 = row.build(4, 3, 2, seed=2), fresh(3, 4).requires_grad_(), fresh(3, 4)
+    names = [name for name, _ in adapter.named_parameters()]
+    values = [p.detach().requires_grad_() for p in adapter.parameters()]
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.adapter = adapter
+
+        def forward(self, x: Tensor) -> Tensor:
+            return fast(self.adapter, nn.functional.linear(x, W0), x)
+
+    layer = Layer()
+
+    def call(x: Tensor, *values: Tensor) -> Tensor:
+        named = {f"adapter.{name}": value for name, value in zip(names, values, strict=True)}
+        return torch.func.functional_call(layer, named, (x,))
+
+    assert torch.autograd.gradcheck(call, (x, *values))
+    assert torch.autograd.gradgradcheck(call, (x, *values))
+
+
+# ------------------------------------------------------------------------------------------------ input dropout
+
+
+@pytest.mark.parametrize("lead", [(3,), (), (2, 300), (0, 4)])
+def test_dropped_linear_equals_the_equation_with_its_mask(lead: tuple[int, ...]) -> None:
+    x, W, upstream = fresh(*lead, 6).requires_grad_(), fresh(2, 6).requires_grad_(), fresh(*lead, 2)
+    keep, share = keep_mask(x, 0.4)
+    z = DroppedLinear.apply(x, W, keep, share)
+    expected = (x * keep.view(x.shape) / share) @ W.mT
+    torch.testing.assert_close(z, expected, rtol=1e-12, atol=1e-12)
+    gradients = torch.autograd.grad(z, (x, W), upstream), torch.autograd.grad(expected, (x, W), upstream)
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("p", [0.001, 0.05, 0.5, 0.99])
+def test_the_mask_keeps_its_share_independently(p: float) -> None:
+    torch.manual_seed(0)
+    keep, share = keep_mask(torch.empty(1000, 1001), p)
+    n = keep.numel()
+    assert share == pytest.approx(1 - p, abs=2**-17)
+    assert keep.float().mean().item() == pytest.approx(share, abs=5 * (share * (1 - share) / n) ** 0.5)
+    neighbours = torch.corrcoef(keep.view(-1).float().unfold(0, 8, 8).mT)  # eight entries share two random words
+    assert (neighbours - torch.eye(8)).abs().max() < 5 * (8 / n) ** 0.5
+
+
+def test_dropout_follows_torchs_seed_and_stops_in_eval() -> None:
+    adapter, x = ROWS["stella-dense"].build(6, 5, 3, dropout=0.4).train(), fresh(20, 6)
+    y = torch.zeros(20, 5, dtype=torch.float64)
+    torch.manual_seed(1)
+    first = adapter.add_to(y, x)
+    torch.manual_seed(1)
+    assert torch.equal(adapter.add_to(y, x), first)
+    assert not torch.equal(adapter.add_to(y, x), first)
+    torch.testing.assert_close(adapter.eval().add_to(y, x), adapter(x), rtol=1e-12, atol=1e-12)
+
+
+def test_dropout_refuses_a_second_derivative_by_name() -> None:
+    x, down = fresh(4, 6).requires_grad_(), nn.Linear(6, 2, bias=False, dtype=torch.float64)
+    z = dropped_linear(x, down, nn.Dropout(0.5))
+    (dx,) = torch.autograd.grad(z.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+def test_dropout_keeps_no_second_copy_of_the_input() -> None:
+    adapter = Adapter(down=nn.Linear(64, 2, bias=False), up=nn.Linear(2, 8, bias=False), dropout=0.1).train()
+    x, kept = torch.randn(100, 64), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        adapter.add_to(torch.zeros(100, 8), x, overwrite=True)
+    extra = sum(t.nbytes for t in kept if t.data_ptr() != x.data_ptr())
+    assert extra < 100 * 64 + 4 * (2 * 100 + 2 * 64 + 2 * 8 + 2 * 100)  # the mask's bytes, and what is R wide
+
+
+# ------------------------------------------------------------------------------------------------ PyTorch's other modes
+
+
+@some_rows
+def test_autocast(name: str) -> None:
+    adapter, x, W0 = ROWS[name].build(6, 5, 3).float(), fresh(4, 6).float(), fresh(5, 6).float()
+    upstream = fresh(4, 5).bfloat16()
+
+    def under_autocast(add: Callable[..., Tensor]) -> list[Tensor]:
+        def call(adapter: Adapter, y: Tensor, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return add(adapter, nn.functional.linear(x, W0), x)
+
+        return results(call, adapter, x, W0, upstream)
+
+    for mine, definition in zip(under_autocast(fast), under_autocast(plain), strict=True):
+        assert mine.dtype == definition.dtype
+        torch.testing.assert_close(mine, definition, rtol=0.05, atol=ROUNDING[torch.bfloat16])
+
+
+@some_rows
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_draws_the_same_dropout_again(name: str, reentrant: bool) -> None:
+    adapter, x = ROWS[name].build(6, 5, 3, dropout=0.3).train(), fresh(4, 6)
+    W0, upstream = fresh(5, 6), fresh(4, 5)
+
+    def stored(adapter: Adapter, y: Tensor, x: Tensor) -> Tensor:
+        torch.manual_seed(5)
+        return fast(adapter, nn.functional.linear(x, W0), x)
+
+    def recomputed(adapter: Adapter, y: Tensor, x: Tensor) -> Tensor:
+        torch.manual_seed(5)
+        layer = lambda x: fast(adapter, nn.functional.linear(x, W0), x)  # noqa: E731
+        return checkpoint(layer, x, use_reentrant=reentrant)
+
+    pairs = zip(*(results(way, adapter, x, W0, upstream) for way in (recomputed, stored)), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_selective_checkpointing_finds_its_cached_product_unchanged() -> None:
+    adapter, x, W0 = ROWS["cera-silu"].build(6, 5, 3), fresh(4, 6), fresh(5, 6)
+
+    def selected(adapter: Adapter, y: Tensor, x: Tensor) -> Tensor:
+        layer = lambda x: fast(adapter, nn.functional.linear(x, W0), x)  # noqa: E731
+        contexts = lambda: create_selective_checkpoint_contexts([torch.ops.aten.mm.default])  # noqa: E731
+        return checkpoint(layer, x, use_reentrant=False, context_fn=contexts)
+
+    pairs = zip(*(results(way, adapter, x, W0, fresh(4, 5) * 0 + 1) for way in (selected, plain)), strict=True)
+    assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-12) for a, b in pairs)
+
+
+forward_mode = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own use, in forward mode
+
+
+@forward_mode
+@some_rows
+def test_function_transforms(name: str) -> None:
+    adapter, x, y = ROWS[name].build(6, 5, 3), fresh(4, 6), fresh(4, 5)
+    weights = {name: torch.stack([p.detach(), 2 * p.detach()]) for name, p in adapter.named_parameters()}
+
+    def through(add: Callable[..., Tensor]) -> list[Any]:
+        layer = lambda x, y: add(adapter, y * 1, x)  # noqa: E731
+        ensemble = nn.Module()
+        ensemble.adapter = adapter
+        ensemble.forward = lambda x: add(adapter, y * 1, x)  # type: ignore[method-assign]
+        call = lambda w: torch.func.functional_call(ensemble, {f"adapter.{k}": v for k, v in w.items()}, (x,))  # noqa: E731
+        return [
+            torch.func.vmap(layer)(x, y),
+            torch.func.vmap(call)(weights),
+            torch.func.jacrev(layer)(x, y),
+            torch.func.jvp(layer, (x, y), (x, y)),
+            torch.func.grad(lambda x: layer(x, y).square().sum())(x),
+        ]
+
+    torch.testing.assert_close(through(fast), through(plain), rtol=1e-12, atol=1e-12)
+
+
+@forward_mode
+@some_rows
+def test_forward_mode_differentiation(name: str) -> None:
+    from torch.autograd import forward_ad
+
+    adapter, x, y = ROWS[name].build(6, 5, 3), fresh(4, 6), fresh(4, 5)
+    with forward_ad.dual_level():
+        tangents = [
+            forward_ad.unpack_dual(add(adapter, y.clone(), forward_ad.make_dual(x, x))).tangent for add in (fast, plain)
+        ]
+    torch.testing.assert_close(*tangents, rtol=1e-12, atol=1e-12)
+
+
+@some_rows
+def test_compiles_into_one_graph(name: str) -> None:
+    adapter, x = ROWS[name].build(6, 5, 3), fresh(4, 6).requires_grad_()
+    W0 = fresh(5, 6)
+    layer = lambda x: fast(adapter, nn.functional.linear(x, W0), x)  # noqa: E731
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), plain(adapter, x @ W0.mT, x), rtol=1e-12, atol=1e-12)
+    compiled(x).sum().backward()
+
+
+def test_inference_mode() -> None:
+    adapter = ROWS["cera-silu"].build(6, 5, 3)
+    with torch.inference_mode():
+        x, y = fresh(4, 6), fresh(4, 5)
+        expected = y + adapter(x)
+        torch.testing.assert_close(fast(adapter, y, x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_mixed_dtypes_are_what_plus_makes_of_them() -> None:
+    adapter, y = ROWS["lora"].build(6, 5, 3).float(), fresh(4, 5).bfloat16()
+    x = fresh(4, 6).float()
+    added = fast(adapter, y, x)
+    assert added.dtype == torch.float32
+    assert torch.equal(added, y + adapter(x))
