@@ -65,6 +65,10 @@ def _random(layer, x, *args, **kwargs):
     return result + sum(adapter(x) for adapter in layer._active()) * torch.rand(())
 
 
+def _the_active_one_for_all(layer, x, *args, adapter_names=None, **kwargs):
+    return _one_adapter_only(layer, x)
+
+
 def _one_adapter_only(layer, x, *args, **kwargs):
     result = layer.base_layer(x, *args, **kwargs)
     return result if layer.disable_adapters else result + layer.adapters[layer.active_adapters[-1]](x)
@@ -84,6 +88,8 @@ def _with_a_break(layer, x, *args, **kwargs):
         ("save", _random, "wrong"),
         ("several", _without_effect, "wrong"),
         ("several", _one_adapter_only, "wrong"),
+        ("mixed", _without_effect, "refused"),  # it does not take adapter_names
+        ("mixed", _the_active_one_for_all, "wrong"),
         ("merge", _random, "wrong"),
         ("unmerge", _random, "wrong"),
         ("LoRA", _random, "wrong"),

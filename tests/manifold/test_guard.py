@@ -86,12 +86,38 @@ def test_optimizers_that_cannot_are_refused_by_name(name: str) -> None:
 def test_an_adapter_added_after_the_optimizer_is_told_of() -> None:
     first, late = with_gradient(StiefelLinear(4, 16)), with_gradient(StiefelLinear(4, 16))
     optimizer = torch.optim.SGD(first.parameters(), 0.1)
+
+    def train_a_step() -> None:
+        late.weight.grad.add_(1.0)  # as a backward pass does that nobody clears
+        optimizer.step()
+
     with pytest.warns(UserWarning, match=r"1 Stiefel factors have had gradients.*not being trained"):
-        [optimizer.step() for _ in range(PATIENCE)]
+        [train_a_step() for _ in range(PATIENCE)]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        optimizer.step()  # once
-    del late
+        train_a_step()  # once
+
+
+def test_gradients_made_anew_for_every_step_are_told_of_too() -> None:
+    first, late = with_gradient(StiefelLinear(4, 16)), StiefelLinear(4, 16)
+    optimizer = torch.optim.SGD(first.parameters(), 0.1)
+
+    def train_a_step() -> None:
+        late.zero_grad()
+        late(torch.ones(2, 4)).sum().backward()
+        optimizer.step()
+
+    with pytest.warns(UserWarning, match="not being trained"):
+        [train_a_step() for _ in range(PATIENCE)]
+
+
+def test_a_gradient_that_is_only_looked_at_is_not_told_of() -> None:
+    first, looked_at = with_gradient(StiefelLinear(4, 16)), with_gradient(StiefelLinear(4, 16))
+    optimizer = torch.optim.SGD(first.parameters(), 0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        [optimizer.step() for _ in range(PATIENCE + 1)]
+    assert looked_at.weight.grad is not None
 
 
 def test_a_gradient_scaler_skips_and_steps() -> None:

@@ -7,6 +7,7 @@ something else moved it too.
 
 import warnings
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -105,7 +106,10 @@ class Unowned:
         self._waits: weakref.WeakKeyDictionary[StiefelLinear, int] = weakref.WeakKeyDictionary()
 
     def watch(self, optimizer: Optimizer) -> None:
-        """Count a step for every factor with a gradient that this optimizer does not own, and warn once."""
+        """Count a step for every factor with a new gradient that this optimizer does not own, and warn once.
+
+        A gradient that nobody adds to any more (computed once, to be looked at) is not waiting for a step.
+        """
         layers = [layer for layer in live_stiefel_layers() if layer.weight.requires_grad]
         if not layers:
             return
@@ -114,7 +118,7 @@ class Unowned:
         for layer in layers:
             if id(layer.weight) in owned:
                 self._waits[layer] = -1  # has an owner; another optimizer's step says nothing
-            elif layer.weight.grad is not None and self._waits.get(layer, 0) >= 0:
+            elif self._waits.get(layer, 0) >= 0 and _has_new_gradient(layer):
                 self._waits[layer] = self._waits.get(layer, 0) + 1
                 late += [layer] if self._waits[layer] == PATIENCE else []
         if late:
@@ -124,3 +128,12 @@ class Unowned:
                 "Make the optimizer from model.parameters() after the last adapter, or freeze what is not to train.",
                 stacklevel=3,
             )
+
+
+def _has_new_gradient(layer: StiefelLinear) -> bool:
+    """Whether the factor's gradient is another one, or more was added to it, since the last look."""
+    gradient: Any = layer.weight.grad
+    if gradient is None:
+        return False
+    seen, gradient._seen_at_version = getattr(gradient, "_seen_at_version", None), gradient._version
+    return bool(seen != gradient._seen_at_version)
