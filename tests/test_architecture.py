@@ -27,7 +27,7 @@ LEVELS = {
     "cli": 9,
     "__main__": 10,
 }
-LEAVES = {"targets", "recipe", "models", "data", "measure", "progress", "curves", "run_folder"}
+LEAVES = {"targets", "recipe", "models", "data", "measure", "interrupts", "progress", "curves", "run_folder"}
 HELPERS = {"recorder": "train"}  # parts of a room that stand beside it
 METHOD_HOMES = {"adapters/cera.py", "adapters/aurora.py", "adapters/stella.py", "adapters/__init__.py"}
 METHOD_HOMES |= {"tuner/methods.py", "__init__.py"}

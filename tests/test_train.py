@@ -1,5 +1,6 @@
 """Training from a recipe: the run folder, refusals, the same weights whatever interrupts a run, the stop at nan."""
 
+import contextlib
 import json
 import signal
 from pathlib import Path
@@ -436,3 +437,35 @@ def test_a_learning_rate_out_of_this_world_stops_the_run(recipe, tmp_path):
         train(recipe(learning_rate=1e30))
     assert all(tensor.isfinite().all() for tensor in small_runs.weights(tmp_path / "run" / "last").values())
     assert same_weights(tmp_path / "run" / "last", tmp_path / "run" / "adapter")
+
+
+# A Ctrl-C that something swallows ------------------------------------------------------------------------------------
+
+
+class Swallowing(Progress):
+    """Loses an interrupt at the second step, as a destructor does."""
+
+    def advance(self, done, note=""):
+        if done == 2:
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+
+
+def test_a_swallowed_ctrl_c_stops_the_run_at_the_next_step(recipe, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe(logging_steps=1, save_steps=1), progress=Swallowing())
+    assert max(row["step"] for row in RunFolder(tmp_path / "run").rows()) == 2
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert train(recipe(logging_steps=1, save_steps=1), resume=True)["steps"] == 12
+
+
+def test_somebody_elses_handler_is_left_alone(recipe):
+    def theirs(number, frame):
+        raise RuntimeError("theirs")
+
+    before = signal.signal(signal.SIGINT, theirs)
+    try:
+        train(recipe(max_steps=1))
+        assert signal.getsignal(signal.SIGINT) is theirs
+    finally:
+        signal.signal(signal.SIGINT, before)

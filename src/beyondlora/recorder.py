@@ -16,6 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from .attach import save_adapter
 from .data import Splits
+from .interrupts import Interrupts
 from .measure import Measurements, measure
 from .progress import Progress
 from .recipe import Recipe
@@ -41,6 +42,7 @@ class Recorder(TrainerCallback):
         self.train_loss = next((row["loss"] for row in reversed(rows) if "loss" in row), None)
         self.step = resumed_at
         self.begun = time.monotonic()
+        self.interrupts = Interrupts()
         self.finite: tuple[int, dict[str, torch.Tensor]] | None = None
 
     @property
@@ -55,6 +57,10 @@ class Recorder(TrainerCallback):
         if self.best_step and self.best_step == state.global_step:
             self._keep_best(kwargs["model"])
         self.progress.begin("training", state.max_steps, state.global_step)
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Stop for a Ctrl-C that was swallowed somewhere."""
+        self.interrupts.raise_if_asked()
 
     def check_loss(self, module: torch.nn.Module, _inputs: Any, output: Any) -> None:
         """Stop before a loss that is no number reaches the weights (a forward hook)."""

@@ -20,6 +20,7 @@ from transformers.trainer_callback import PrinterCallback
 from . import curves, data, models
 from .attach import attach, config_from, load_weights, quiet, save_adapter
 from .evaluate import device, load_base
+from .interrupts import listening
 from .measure import Measurements, as_dict
 from .progress import Progress
 from .recipe import Recipe
@@ -182,7 +183,7 @@ def _fit(
             load_weights(model, checkpoint)
             recorder.on_train_begin(arguments, TrainerState(**_known(state)), TrainerControl(), model=model)
             return
-    with quiet():
+    with quiet(), listening() as recorder.interrupts:
         trainer = Trainer(
             model, arguments, data_collator=splits.collator, train_dataset=splits.train, callbacks=[recorder]
         )
