@@ -34,7 +34,7 @@ class Authors:
         for group in self.groups:
             Y = torch.stack([layer.weight.detach() for layer in group])
             G = torch.stack([layer.weight.grad for layer in group])
-            for layer, gradient in zip(group, G - Y @ G.mT @ Y, strict=True):
+            for layer, gradient in zip(group, G - Y @ (G.mT @ Y), strict=True):
                 layer.weight.grad.copy_(gradient)
             self.kept.append(Y)
 
