@@ -16,10 +16,10 @@ import os
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 
@@ -144,14 +144,7 @@ class Recipe:
                 `adapter={peft_type: LORA, r: 8}` replaces the block.
         Raises: FileNotFoundError, ValueError.
         """
-        path = Path(path)
-        values = read_yaml(path)
-        for override in overrides:
-            apply_override(values, override)
-        try:
-            return cls.from_mapping(expand(values, key=""))
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+        return load(Path(path), overrides, cls.from_mapping)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Recipe:
@@ -364,6 +357,20 @@ class _Dumper(yaml.SafeDumper):
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
+
+
+T = TypeVar("T")
+
+
+def load(path: Path, overrides: Iterable[str], make: Callable[[dict[str, Any]], T]) -> T:
+    """Read a YAML file, apply `key=value` changes, expand variables, make something of it; errors name the file."""
+    values = read_yaml(path)
+    for override in overrides:
+        apply_override(values, override)
+    try:
+        return make(expand(values, key=""))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..recipe import Recipe, apply_override, expand, nearest, read_yaml
+from ..recipe import Recipe, load, nearest
 from .metrics import Metric, metric_named
 
 SEARCHED = (  # what may be chosen on validation rows; everything else is the same for all methods
@@ -84,14 +84,7 @@ class Grid:
     @classmethod
     def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Grid:
         """Read a file, with `key=value` changes of the recipe in it."""
-        path = Path(path)
-        values = read_yaml(path)
-        for override in overrides:
-            apply_override(values, override)
-        try:
-            return cls.from_mapping(expand(values, key=""))
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+        return load(Path(path), overrides, cls.from_mapping)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Grid:

@@ -105,18 +105,17 @@ class Unowned:
     def __init__(self) -> None:
         self._waits: weakref.WeakKeyDictionary[StiefelLinear, int] = weakref.WeakKeyDictionary()
 
-    def watch(self, optimizer: Optimizer) -> None:
-        """Count a step for every factor with a new gradient that this optimizer does not own, and warn once.
+    def watch(self, owned: list[StiefelLinear]) -> None:
+        """Count a step for every factor with a new gradient that the stepping optimizer does not own; warn once.
 
         A gradient that nobody adds to any more (computed once, to be looked at) is not waiting for a step.
         """
-        layers = [layer for layer in live_stiefel_layers() if layer.weight.requires_grad]
-        if not layers:
-            return
-        owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        weights = {id(layer.weight) for layer in owned}
         late = []
-        for layer in layers:
-            if id(layer.weight) in owned:
+        for layer in live_stiefel_layers():
+            if not layer.weight.requires_grad:
+                continue
+            if id(layer.weight) in weights:
                 self._waits[layer] = -1  # has an owner; another optimizer's step says nothing
             elif self._waits.get(layer, 0) >= 0 and _has_new_gradient(layer):
                 self._waits[layer] = self._waits.get(layer, 0) + 1

@@ -82,7 +82,7 @@ def stiefel_layers_of(optimizer: Optimizer) -> list[StiefelLinear]:
     if not layers:
         return []
     by_weight = {id(layer.weight): layer for layer in layers}
-    # In the optimizer's order, not the set's: processes that gather shards must do so in the same order.
+    # In the optimizer's order, not the set's, so that every process and every run goes the same way.
     owned = dict.fromkeys(id(parameter) for group in optimizer.param_groups for parameter in group["params"])
     return [by_weight[weight] for weight in owned if weight in by_weight]
 
@@ -94,8 +94,9 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
         running.depth += 1
         return
     _steps.pop(optimizer, None)  # of a step that raised
-    _unowned.watch(optimizer)
-    layers = [layer for layer in stiefel_layers_of(optimizer) if layer.weight.requires_grad]
+    owned = stiefel_layers_of(optimizer)
+    _unowned.watch(owned)
+    layers = [layer for layer in owned if layer.weight.requires_grad]
     if not layers:
         return
     # Before the look at gradients: there may be none yet, the closure makes them.
