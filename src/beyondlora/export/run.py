@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from .. import data as data_module
 from .. import models
+from ..attach import holds_model
 from ..evaluate import Opened, device, open_target
 from ..measure import as_dict, measure
 from ..progress import Progress
@@ -63,10 +64,13 @@ def export(
     report = report or distil is not None
     opened = open_target(target, data=data, recipe=recipe, needs_rows=report)
     evaluation = opened.rows() if opened.measurable else None
+    if holds_model(opened.folder):
+        raise ValueError(f"{opened.folder} is a whole model already, without an adapter to export: serve that folder.")
     distil_on = None
     if distil is not None:
         distil_on = _Shown(_batches(_rows_to_distil(opened, distil), opened.recipe), progress, "distilling")
-    model: Any = opened.load().to(device())
+    model: Any = opened.load()
+    model.to(device())
     batches, about = _to_compare(opened, model, evaluation, report, progress)
     score = partial(_score, evaluation, opened.recipe, progress) if report and evaluation else None
     shared = {"batches": batches, "score": score, "compared_on": about}
