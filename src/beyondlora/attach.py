@@ -99,7 +99,10 @@ def _nearest(name: str, known: list[str]) -> str:
 
 
 def attach(base: Any, config: Any, recipe: Recipe) -> Trained:
-    """Put a new adapter on a base model; a head that PEFT does not know as one is trained and saved with it."""
+    """Put a new adapter on a base model; a head that PEFT does not know as one is trained and saved with it.
+
+    Full fine-tuning attaches nothing: it is the base model that is returned. Raises: ValueError.
+    """
     if isinstance(config, FullFineTuning):
         return base
     if recipe.task == "image-classification" and getattr(config, "modules_to_save", None) is None:
