@@ -35,8 +35,8 @@ class Recipe:
         task: "causal-lm", "sequence-classification", "sequence-regression" or "image-classification".
         model_name_or_path: a local folder, a hub name, "demo" (the small model inside this package), or
             "package:NAME/FOLDER" (a folder inside an installed Python package).
-        adapter: the keys of an adapter_config.json; `peft_type` is required, every type PEFT knows is allowed, and FULL:
-            every weight is trained and nothing attached (keep dtype: float32, or small steps round to nothing).
+        adapter: the keys of an adapter_config.json; `peft_type` is required, every type PEFT knows is allowed, and
+            FULL: every weight is trained, nothing attached (keep dtype: float32, or small steps round to nothing).
         output_dir: the run folder.
 
     Data:
