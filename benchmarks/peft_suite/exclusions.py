@@ -21,13 +21,7 @@ class Exclusion:
     may_pass: bool = False
 
 
-# transformers refuses the peft that is installed; LoRA is refused, too.
-NEWER_PEFT = Exclusion(
-    r"test_inject_from_state_dict_(transformers|transformers_irregular_targets|compiled_model)(\[|$)",
-    "transformers' add_adapter asks for a newer peft than the newest",
-)
 EVERYWHERE = [
-    NEWER_PEFT,
     Exclusion(
         r"MHA |adapter_batches_mha",
         "nn.MultiheadAttention calls no layer; PEFT's LoRA merges in every forward, we refuse",
@@ -63,15 +57,15 @@ NOT_A_NOOP = Exclusion(
 ONE_RANK = Exclusion(
     r"dynamic_rank_1_lora_config", "every layer has exactly the rank r: there is no rank pattern to find"
 )
-SMALL_STEPS = Exclusion(
-    r"only_params_are_updated\[Embedding . transformers Conv1D 2",
-    "three steps of SGD move A by less than the test's 1e-4; PEFT sets a learning rate of their own for other methods",
+SATURATED = Exclusion(
+    r"only_params_are_updated\[(Vanilla MLP [12456]|Conv[23]d [12]) ",
+    "the test's inputs reach 90: tanh is flat there and every spline ends, so A has no gradient to move by",
 )
 
 EXCLUSIONS: dict[str, list[Exclusion]] = {
-    "lora": [NEWER_PEFT],
-    "cera": [*EVERYWHERE, *NO_MERGE, SMALL_STEPS],
-    "aurora": [*EVERYWHERE, *STATIC_MERGE],
+    "lora": [],
+    "cera": [*EVERYWHERE, *NO_MERGE],
+    "aurora": [*EVERYWHERE, *STATIC_MERGE, SATURATED],
     "aurora-static": EVERYWHERE,
     "stella": [*EVERYWHERE, FLOAT32, ONE_ROW, NOT_A_NOOP, ONE_RANK],
     "stella-zero": [*EVERYWHERE, FLOAT32, ONE_RANK],

@@ -9,7 +9,6 @@ import inspect
 import json
 import os
 import re
-from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -37,16 +36,32 @@ STAND_INS = {
     "TestLowCpuMemUsage": "LoraConfig",
     "TestNamingConflictWarning": "LoraConfig",
 }
-# In those classes: tests that spell the parameter names of the other method, or take from the hub what has no stand-in.
+# In those classes: tests that spell the parameter names of the other method, or are about an option of LoRA's alone.
 ABOUT_OTHERS = re.compile(
     r"\"lora\" in|lora_(A|B|\"|\.|weight|embedding|head)|\.lokr|\"lokr|target_parameters"
-    r"|stable_diffusion|StableDiffusion|weight_conversion|loraplus|layer_replication|lora_only"
+    r"|loraplus|layer_replication|lora_only"
 )
+NEEDS_THE_HUB = re.compile(r"StableDiffusionPipeline")  # a pipeline of many parts: no stand-in
+
+
+# pytest's words for the end of a test, and the table's.
+OUTCOMES = {
+    "passed": "passed",
+    "xpassed": "passed",
+    "failed": "failed",
+    "error": "failed",
+    "xfailed": "excluded",
+    "skipped": "not run",
+}
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Put local stand-ins in the place of what PEFT's tests take from the hub."""
     import tests.testing_utils as shared
+    import transformers.integrations.peft as integration
+
+    # transformers 5.24 asks for a peft that is not out in add_adapter alone: without its gate the tests run.
+    integration.check_peft_version = lambda min_version: None
 
     shared.hub_online_once = lambda model_id: nullcontext()
     shared.load_dataset_english_quotes = hub.english_quotes
@@ -66,6 +81,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Rewrite a test's matrix before pytest reads it."""
     marks = metafunc.definition.own_markers
     column = COLUMN if metafunc.module.__name__.endswith("custom_models") else replace(COLUMN, largest_rank=None)
+    if metafunc.function.__name__ == "test_only_params_are_updated" and NAME != "lora":
+        # As it does for two of PEFT's methods: from B = 0 its three steps of SGD hardly move an embedding's A.
+        column = replace(column, options={"init_lora_weights": False, **column.options})
     for index, mark in enumerate(marks):
         if mark.name == "parametrize":
             rows = list(mark.args[1])
@@ -80,6 +98,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item], config: pytest.Confi
     config.hook.pytest_deselected(items=[item for item in items if item not in set(ours)])
     items[:] = ours
     for item in items:
+        if NEEDS_THE_HUB.search(inspect.getsource(item.function)):
+            item.add_marker(pytest.mark.skip(reason="needs a download"))
         for exclusion in EXCLUSIONS[NAME]:
             if re.search(exclusion.pattern, item.nodeid):
                 item.add_marker(pytest.mark.xfail(reason=exclusion.reason, strict=not exclusion.may_pass))
@@ -95,17 +115,19 @@ def _stand_in(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Write what the runner reads: counts, exclusions by reason, failures by name."""
-    stats = terminalreporter.stats
-    counts = {kind: len(stats.get(kind, [])) for kind in ("passed", "failed", "error", "skipped", "xfailed", "xpassed")}
-    excluded = Counter(report.wasxfail.removeprefix("reason: ") for report in stats.get("xfailed", []))
-    failed = [report.nodeid for kind in ("failed", "error") for report in stats.get(kind, [])]
-    Path(os.environ["PEFT_SUITE_RESULT"]).write_text(
-        json.dumps({"counts": counts, "excluded": excluded, "failed": failed}, indent=1)
-    )
+    """Write what the runner reads: of every test what came of it and, where it did not pass or fail, why."""
+    outcomes = {}
+    for kind, word in OUTCOMES.items():
+        for report in terminalreporter.stats.get(kind, []):
+            reason = getattr(report, "wasxfail", "") or (report.longrepr[2] if kind == "skipped" else "")
+            reason = re.sub(r"^(reason: |Skipped: )|<class '(\w+\.)*|'>", "", reason)
+            outcomes[report.nodeid] = (word, reason.replace(COLUMN.config_cls.__name__, "this method"))
+    Path(os.environ["PEFT_SUITE_RESULT"]).write_text(json.dumps(outcomes, indent=1))
 
 
 def _is_ours(item: pytest.Item) -> bool:
+    if "[NOTSET]" in item.nodeid:  # a matrix without a row for us
+        return False
     if getattr(item.cls, "__name__", "") in STAND_INS:
         return not (_unusable(item) or ABOUT_OTHERS.search(inspect.getsource(item.function)))
     values = getattr(item, "callspec", None)
