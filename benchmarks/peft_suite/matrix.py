@@ -9,6 +9,7 @@ import inspect
 import json
 import os
 import re
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -35,13 +36,17 @@ STAND_INS = {
     "TestCustomModelConfigWarning": "LoraConfig",
     "TestLowCpuMemUsage": "LoraConfig",
     "TestNamingConflictWarning": "LoraConfig",
+    "TestTorchCompileCausalLM": "LoraConfig",
 }
 # In those classes: tests that spell the parameter names of the other method, or are about an option of LoRA's alone.
 ABOUT_OTHERS = re.compile(
-    r"\"lora\" in|lora_(A|B|\"|\.|weight|embedding|head)|\.lokr|\"lokr|target_parameters"
+    r"\"lora\" in|(?<!init_)lora_(A|B|\"|\.|weight|embedding|head)|\.lokr|\"lokr|target_parameters"
     r"|loraplus|layer_replication|lora_only"
 )
-NEEDS_THE_HUB = re.compile(r"StableDiffusionPipeline")  # a pipeline of many parts: no stand-in
+NOT_HERE = {  # a pipeline of many parts has no stand-in
+    "needs a download": re.compile(r"StableDiffusionPipeline"),
+    "needs a CUDA device": re.compile(r"\"cuda\"\)"),
+}
 
 
 # pytest's words for the end of a test, and the table's.
@@ -74,6 +79,11 @@ def pytest_configure(config: pytest.Config) -> None:
         return with_random_start(config_cls, kwargs)
 
     shared.set_init_weights_false = set_init_weights_false
+    # Only now, since it takes over what stands in `shared`. Its tests of mixed batches, Conv1D layers and weighted sums
+    # skip whatever is not LoRA by name.
+    import tests.testing_common as common
+
+    common.LoraConfig = COLUMN.config_cls
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -98,20 +108,29 @@ def pytest_collection_modifyitems(items: list[pytest.Item], config: pytest.Confi
     config.hook.pytest_deselected(items=[item for item in items if item not in set(ours)])
     items[:] = ours
     for item in items:
-        if NEEDS_THE_HUB.search(inspect.getsource(item.function)):
-            item.add_marker(pytest.mark.skip(reason="needs a download"))
+        for reason, sign in NOT_HERE.items():
+            if sign.search(inspect.getsource(item.function)):
+                item.add_marker(pytest.mark.skip(reason=reason))
         for exclusion in EXCLUSIONS[NAME]:
             if re.search(exclusion.pattern, item.nodeid):
-                item.add_marker(pytest.mark.xfail(reason=exclusion.reason, strict=not exclusion.may_pass))
+                item.add_marker(pytest.mark.xfail(reason=exclusion.reason, strict=True))
                 break
 
 
+@pytest.fixture(autouse=True, scope="class")  # before the classes' own fixtures, which make configs, too
+def _stand_in(request: pytest.FixtureRequest) -> Iterator[None]:
+    name = STAND_INS.get(getattr(request.cls, "__name__", ""))
+    with pytest.MonkeyPatch.context() as patch:
+        if name is not None:
+            patch.setattr(request.module, name, COLUMN.config)
+        elif request.module.__name__.endswith("test_decoder_models"):  # mixed batches skip what is not LoRA by name
+            patch.setattr(request.module, "LoraConfig", COLUMN.config_cls)
+        yield
+
+
 @pytest.fixture(autouse=True)
-def _stand_in(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def _seed() -> None:
     torch.manual_seed(0)  # many tests draw weights without a seed of their own
-    name = STAND_INS.get(getattr(request.node.cls, "__name__", ""))
-    if name is not None:
-        monkeypatch.setattr(request.module, name, COLUMN.config)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -1,6 +1,7 @@
 """The page of results: totals, the same by family of tests, and why what did not pass or fail did not."""
 
 import importlib.metadata
+import os
 import platform
 from collections import Counter
 from datetime import date
@@ -87,7 +88,7 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def _machine() -> str:
-    return f"{platform.machine()}, Python {platform.python_version()}"
+    return f"{os.cpu_count()} CPU cores ({platform.machine()}), Python {platform.python_version()}"
 
 
 def _versions() -> str:

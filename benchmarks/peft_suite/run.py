@@ -92,6 +92,7 @@ def environment(place: Path, column: str) -> dict[str, str]:
         "PEFT_SUITE_COLUMN": column,
         "HF_HUB_CACHE": str(place / "hub"),
         "HF_HUB_OFFLINE": "1",
+        "PEFT_DEBUG_WITH_TORCH_COMPILE": "1",
         "OMP_NUM_THREADS": "1",
         "OMP_WAIT_POLICY": "PASSIVE",
     }
