@@ -57,6 +57,7 @@ def check_layer(layer: StiefelLinear) -> None:
             f"A Stiefel factor of shape {tuple(weight.shape)} is on the meta device: it has no values to step. "
             "Materialise the model first (to_empty and load the weights)."
         )
+    layer.restore_precision()
     if weight.is_inference() or layer.settled == (id(weight), weight._version):
         return
     if isinstance(weight, DTensor):
