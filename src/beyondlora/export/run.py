@@ -12,13 +12,13 @@ from torch.utils.data import DataLoader
 
 from .. import data as data_module
 from .. import models
-from ..attach import holds_model
-from ..evaluate import Opened, device, open_target
+from ..attach import config_in, holds_model
+from ..evaluate import Opened, device, locate, open_target
 from ..measure import as_dict, measure
 from ..progress import Progress
 from ..recipe import Recipe
 from .folder import check_free
-from .lora import export_lora
+from .lora import check_config, export_lora
 from .merged import export_merged
 from .rows import Batch, prompts_for
 
@@ -60,12 +60,15 @@ def export(
     if to == "merged" and (distil or rank or round_rank):
         raise ValueError("--distil, --rank and --round-rank shape a LoRA; a merged model has none.")
     check_free(folder)
+    source, _ = locate(target)
+    if holds_model(source):
+        raise ValueError(f"{source} is a whole model already, without an adapter to export: serve that folder.")
+    if to == "lora":
+        check_config(config_in(source), distilling=distil is not None)
     progress = progress or Progress()
     report = report or distil is not None
     opened = open_target(target, data=data, recipe=recipe, needs_rows=report)
     evaluation = opened.rows() if opened.measurable else None
-    if holds_model(opened.folder):
-        raise ValueError(f"{opened.folder} is a whole model already, without an adapter to export: serve that folder.")
     distil_on = None
     if distil is not None:
         distil_on = _Shown(_batches(_rows_to_distil(opened, distil), opened.recipe), progress, "distilling")
