@@ -51,7 +51,15 @@ def test_a_foreign_class_under_our_name_is_refused():
         register("cera", Foreign, METHODS[next(iter(METHODS))])
 
 
-@pytest.mark.parametrize("order", ["import beyondlora, peft", "import peft, beyondlora"])
+@pytest.mark.parametrize(
+    "order",
+    [
+        "import beyondlora, peft",
+        "import peft, beyondlora",
+        # transformers asks whether peft is installed, long before anybody imports it
+        "import beyondlora, importlib.util as u; u.find_spec('peft'); from transformers import Trainer; import peft",
+    ],
+)
 def test_the_order_of_imports_does_not_matter(order):
     program = f"{order}; print(peft.PeftConfig.from_peft_type(peft_type='STELLA').r, peft.PeftType.CERA.value)"
     assert run_python(program) == "8 CERA"
