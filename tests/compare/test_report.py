@@ -106,7 +106,7 @@ def test_a_setting_with_a_diverged_run_is_not_chosen(outcome):
 
 
 def graded(accuracies, rates=(1e-3, 1e-2, 1e-1), seeds=(0, 1), order=1):
-    """The outcome of a made-up grid: method -> {rate: validation accuracy}; on test it is (seed + 1) / 10, best's more."""
+    """A made-up grid: method -> {rate: accuracy on validation}; on test it is (seed + 1) / 10, best's more."""
     mapping = {
         "task": "sequence-classification",
         "model_name_or_path": "demo",
@@ -257,6 +257,34 @@ def test_pictures_are_xml_of_their_own_that_takes_the_page_s_colour(drawn, tmp_p
         assert not root.hasAttribute("width")
     points = drawn["parameters"][1]
     assert "trainable parameters" in points
+
+
+def test_the_differences_are_drawn_where_they_are(outcome):
+    caption, figure = pictures._differences(outcome, pictures._colors(outcome))
+    assert "left of 0 is better" in caption
+    drawn = [line.get_xdata() for line in figure.axes[0].lines[:-1]]  # the last one marks 0
+    names = [arm.name for arm in outcome.arms if arm.name in outcome.comparisons][::-1]
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == names
+    for number, name in enumerate(names):
+        found = outcome.comparisons[name]
+        assert list(drawn[2 * number]) == [found.low, found.high]
+        assert list(drawn[2 * number + 1]) == [found.difference]
+    raised, _ = pictures._differences(graded({"base": MIDDLE, "best": EDGE}), {"base": "b", "best": "r"})
+    assert "right of 0 is better" in raised
+
+
+def test_points_stand_at_the_mean_over_seeds(outcome):
+    _, figure = pictures._memory(outcome, pictures._colors(outcome))
+    points = sorted(place for bars in figure.axes[0].containers for place in zip(*bars[0].get_data(), strict=True))
+    expected = sorted((arm.mean_of("peak_memory_bytes") / 2**20, arm.figures.mean()) for arm in outcome.arms)
+    assert points == [pytest.approx(place) for place in expected]
+
+
+def test_a_setting_that_was_lost_is_crossed_out(outcome):
+    _, figure = pictures._learning_rates(outcome, pictures._colors(outcome))
+    crosses = [list(line.get_xdata()) for line in figure.axes[0].lines if line.get_marker() == "x"]
+    assert sorted(crosses) == [[], [], [1e-3]]  # of "bold" one seed diverged there
+    assert pictures._learning_rates(graded({"base": {1e-2: 0.5}}, rates=[1e-2]), {}) is None
 
 
 def browse(page_path: Path, *arguments: str) -> str:
