@@ -29,6 +29,8 @@ MATH = r"The value is thus $\boxed{\frac{1}{2}}$."
         ("#### 72.00", GSM8K, False, True),
         ("#### 1080", THOUSANDS, True, True),
         ("#### 1,080.", THOUSANDS, True, True),
+        ("The answer is 1080.", THOUSANDS, False, True),
+        ("The answer is 80.", THOUSANDS, False, False),
         ("#### 1", THOUSANDS, False, False),
         (r"Hence \boxed{ \frac{1}{2} }", MATH, True, True),
         (r"Hence \boxed{0.5}", MATH, False, True),
