@@ -66,7 +66,7 @@ SATURATED = Exclusion(
 )
 FLOAT32 = Exclusion(
     "factors in half precision",
-    r"no_autocast_adapter_dtype|adapter_dtype_autocast\[\w+-False-dtype[01]|convert_float16_dtype",
+    r"no_autocast_adapter_dtype\[(?!dtype0.*T5)|adapter_dtype_autocast\[\w+-False-dtype[01]|convert_float16_dtype",
     "U and V stay in float32, whatever is asked",
 )
 ONE_ROW = Exclusion(
