@@ -52,8 +52,15 @@ def test_an_untouched_factor_costs_no_product(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("beyondlora.manifold.guard.distance_to_stiefel", lambda Y: calls.append(Y))
     with_gradient(layer)
     optimizer.step()
-    check_manifold(nn.Sequential(layer))
     assert calls == []
+
+
+def test_a_save_looks_even_where_nothing_says_that_a_factor_moved() -> None:
+    layer, _ = stepped()
+    layer.weight.data.mul_(1.5)  # as DeepSpeed writes: no counter moves
+    assert layer.settled == (id(layer.weight), layer.weight._version)
+    with pytest.raises(ValueError, match="off the manifold"):
+        check_manifold(nn.Sequential(layer))
 
 
 def test_a_copy_is_looked_at_afresh() -> None:
@@ -73,7 +80,10 @@ def test_a_factor_on_the_meta_device_is_refused() -> None:
         torch.optim.SGD(layer.parameters(), 0.1).step()
 
 
-@pytest.mark.parametrize("name", ["LBFGS", "DummyOptim", "DeepSpeedZeroOptimizer", "LayerWiseDummyOptimizer"])
+@pytest.mark.parametrize(
+    "name",
+    ["LBFGS", "AdamWScheduleFree", "DummyOptim", "DeepSpeedZeroOptimizer_Stage3", "CPUOffloadOptimizer"],
+)
 def test_optimizers_that_cannot_are_refused_by_name(name: str) -> None:
     kind = type(name, (torch.optim.SGD,), {})
     layer = with_gradient(StiefelLinear(4, 64))
@@ -81,6 +91,47 @@ def test_optimizers_that_cannot_are_refused_by_name(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} cannot step Stiefel factors: .*Take AdamW"):
         kind(layer.parameters(), lr=0.1).step()
     assert torch.equal(layer.weight, before)
+
+
+@pytest.mark.parametrize("mark", ["ds_id", "_hp_mapping"])
+def test_deepspeeds_partitions_are_refused_at_the_first_step_of_its_optimizer(mark: str) -> None:
+    """ZeRO hands its optimizer flat partitions, so nothing but its marks on the parameters tells of it."""
+    layer, flat = StiefelLinear(4, 64), nn.Parameter(torch.zeros(256))
+    setattr(layer.weight, mark, None)
+    flat.grad = torch.ones(256)
+    with pytest.raises(ValueError, match=r"shape \(64, 4\) cannot be stepped: DeepSpeed .*Use DDP or FSDP2"):
+        torch.optim.AdamW([flat], lr=0.1).step()
+    assert not flat.any()
+    layer.requires_grad_(False)
+    torch.optim.AdamW([flat], lr=0.1).step()  # nobody trains the factor
+
+
+def test_a_weight_made_from_other_parameters_is_refused() -> None:
+    layer = StiefelLinear(4, 64)
+    nn.utils.parametrizations.weight_norm(layer)
+    layer(torch.randn(2, 4)).sum().backward()
+    with pytest.raises(ValueError, match="cannot be stepped: its weight is made from other parameters"):
+        torch.optim.SGD(layer.parameters(), 0.1).step()
+
+
+@pytest.mark.parametrize("size", [0, 100])
+def test_a_flat_shard_is_refused(size: int) -> None:
+    """What FSDP1 with use_orig_params makes of a weight; a process may hold nothing of it."""
+    layer = StiefelLinear(4, 64)
+    layer.weight = nn.Parameter(torch.zeros(size))
+    layer.weight.grad = torch.zeros(size)
+    with pytest.raises(ValueError, match=rf"has become a flat shard of shape \({size},\) \(FSDP1\)"):
+        torch.optim.SGD(layer.parameters(), 0.1).step()
+
+
+def test_one_factor_on_the_meta_device_leaves_the_others_where_they_are() -> None:
+    here, nowhere = with_gradient(StiefelLinear(4, 64)), StiefelLinear(4, 64, device="meta")
+    nowhere.weight.grad = torch.empty_like(nowhere.weight)
+    weight, gradient = here.weight.detach().clone(), here.weight.grad.clone()
+    with pytest.raises(ValueError, match="on the meta device"):
+        torch.optim.SGD([here.weight, nowhere.weight], 0.1).step()
+    assert torch.equal(here.weight, weight)
+    assert torch.equal(here.weight.grad, gradient)
 
 
 def test_an_adapter_added_after_the_optimizer_is_told_of() -> None:

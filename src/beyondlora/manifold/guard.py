@@ -1,8 +1,8 @@
 """Never silent: factors that moved without the step, and optimizers that cannot take it.
 
-A factor's version counter says for nothing that nobody touched it since the last look; only where it moved is YᵀY
-computed. Writing through `.data` does not move the counter: such a change is seen at the next save or merge only if
-something else moved it too.
+At a step a factor's version counter says for nothing that nobody touched it since the last look; only where it moved
+is YᵀY computed. Writing through `.data` does not move the counter: such a change is seen at the next save, merge or
+export, which always look.
 """
 
 import warnings
@@ -21,23 +21,49 @@ ROUNDED = 5e-6  # what float32 leaves
 DRIFTED = 0.1  # beyond it, the nearest orthonormal matrix is a guess
 PATIENCE = 10  # steps with a gradient that no optimizer takes
 
-REFUSED = {
+REFUSED = {  # part of a class's name -> why
     "LBFGS": "it evaluates the loss several times within one step, and every point but the first is off the manifold",
+    "ScheduleFree": "it evaluates and saves an average of what it trains, and averages leave the manifold",
     "DummyOptim": "it is a placeholder, and the real optimizer of DeepSpeed steps flat partitions of the weights",
     "DeepSpeedZeroOptimizer": "it steps flat partitions of the weights (ZeRO), which are no matrices",
-    "DeepSpeedZeroOptimizer_Stage3": "it steps flat partitions of the weights (ZeRO), which are no matrices",
-    "LayerWiseDummyOptimizer": "its step does nothing, and each layer is stepped inside the backward pass",
+    "CPUOffloadOptimizer": "it steps copies of the weights on another device",
 }
+DEEPSPEED_MARKS = ("ds_id", "_hp_mapping")  # what ZeRO 3, and ZeRO 1 and 2, leave on a parameter
 
 
 def refuse_optimizer(optimizer: Optimizer) -> None:
     """Raise a ValueError for an optimizer that cannot take the Riemannian step."""
-    reason = next((REFUSED[kind.__name__] for kind in type(optimizer).__mro__ if kind.__name__ in REFUSED), None)
+    names = [kind.__name__ for kind in type(optimizer).__mro__]
+    reason = next((why for part, why in REFUSED.items() if any(part in name for name in names)), None)
     if reason is not None:
         raise ValueError(
             f"{type(optimizer).__name__} cannot step Stiefel factors: {reason}. Take AdamW or another optimizer "
             "that steps the module's own parameters once a call, or give the factors a Euclidean geometry."
         )
+
+
+def refuse_out_of_reach(layers: list[StiefelLinear]) -> None:
+    """Raise a ValueError for a factor that is trained as something else than its module's parameter.
+
+    To be asked where an optimizer owns no factor: one that steps such parts cannot be told by what it owns.
+    """
+    for layer in layers:
+        trained = layer.weight.requires_grad or any(made.requires_grad for made in layer.parameters())
+        if trained and (why := _out_of_reach(layer)):
+            raise ValueError(
+                f"A Stiefel factor of shape ({layer.out_features}, {layer.in_features}) cannot be stepped: {why}. Use "
+                "DDP or FSDP2 (fully_shard), or give the factors a Euclidean geometry."
+            )
+
+
+def _out_of_reach(layer: StiefelLinear) -> str | None:
+    if any(hasattr(layer.weight, mark) for mark in DEEPSPEED_MARKS):
+        return "DeepSpeed (ZeRO) steps flat partitions of it"
+    if "weight" not in layer._parameters:
+        return "its weight is made from other parameters (FSDP1's flat ones, a parametrization), which are stepped"
+    if layer.weight.shape != (layer.out_features, layer.in_features):
+        return f"its weight has become a flat shard of shape {tuple(layer.weight.shape)} (FSDP1)"
+    return None
 
 
 def settle(layer: StiefelLinear) -> None:
@@ -46,8 +72,12 @@ def settle(layer: StiefelLinear) -> None:
 
 
 @torch.no_grad()
-def check_layer(layer: StiefelLinear) -> None:
+def check_layer(layer: StiefelLinear, *, again: bool = False) -> None:
     """Look at a factor that moved since the last look: bring it back and say so, or refuse it.
+
+    Args:
+        layer: of the factor.
+        again: look even where nothing says that it moved.
 
     Raises: ValueError for a factor without data, or too far from the manifold to be brought back.
     """
@@ -57,8 +87,10 @@ def check_layer(layer: StiefelLinear) -> None:
             f"A Stiefel factor of shape {tuple(weight.shape)} is on the meta device: it has no values to step. "
             "Materialise the model first (to_empty and load the weights)."
         )
-    if weight.is_inference() or layer.settled == (id(weight), weight._version):
+    layer.restore_precision()
+    if weight.is_inference() or (layer.settled == (id(weight), weight._version) and not again):
         return
+    refuse_out_of_reach([layer])
     if isinstance(weight, DTensor):
         raise ValueError(
             f"A Stiefel factor of shape {tuple(weight.shape)} is sharded over processes (FSDP2, DTensor), and the step "
@@ -74,10 +106,10 @@ def check_layer(layer: StiefelLinear) -> None:
 
 
 def check_manifold(model: nn.Module) -> None:
-    """`check_layer` for every Stiefel factor of a model that has values."""
+    """`check_layer` for every Stiefel factor of a model that has values, whether it is known to have moved or not."""
     for module in model.modules():
         if isinstance(module, StiefelLinear) and not module.weight.is_meta:
-            check_layer(module)
+            check_layer(module, again=True)
 
 
 def _bring_back(layer: StiefelLinear, whole: Tensor, distance: float) -> None:

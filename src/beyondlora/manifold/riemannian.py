@@ -24,7 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils.hooks import RemovableHandle
 
 from .fast import full_precision
-from .guard import Unowned, check_layer, refuse_optimizer, settle
+from .guard import Unowned, check_layer, refuse_optimizer, refuse_out_of_reach, settle
 from .linear import StiefelLinear, live_stiefel_layers
 from .moves import Move, plan
 
@@ -95,6 +95,8 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
         return
     _steps.pop(optimizer, None)  # of a step that raised
     owned = stiefel_layers_of(optimizer)
+    if not owned:
+        refuse_out_of_reach(live_stiefel_layers())
     _unowned.watch(owned)
     layers = [layer for layer in owned if layer.weight.requires_grad]
     if not layers:
@@ -126,7 +128,7 @@ def _begin(optimizer: Optimizer, layers: list[StiefelLinear]) -> None:
 
 def _moves(optimizer: Optimizer, layers: list[StiefelLinear]) -> list[Move]:
     """The moves for these layers: those of the last step where the weights are the same, buffers and all."""
-    weights = [(id(layer), layer.weight.data_ptr(), layer.weight.dtype) for layer in layers]
+    weights = [(id(layer.weight), layer.weight.data_ptr(), layer.weight.dtype) for layer in layers]
     known = _plans.get(optimizer)
     if known is None or known.weights != weights:
         known = _plans[optimizer] = _Plan(weights, plan(layers))
