@@ -47,7 +47,7 @@ def tasks(tmp_path, monkeypatch):
 
 @pytest.fixture
 def base(house, tmp_path):
-    """The small Llama with as many embeddings as its tokenizer has tokens: the harness makes it so beside an adapter."""
+    """The small Llama with as many embeddings as tokens: the harness makes it so beside an adapter."""
     tokenizer = AutoTokenizer.from_pretrained(house / "base")
     model = AutoModelForCausalLM.from_pretrained(house / "base", dtype=torch.float32)
     model.resize_token_embeddings(len(tokenizer))
