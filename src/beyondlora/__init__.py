@@ -49,11 +49,15 @@ class _RegisterWithPeft(MetaPathFinder):
         if fullname != "peft":
             return None
         sys.meta_path.remove(self)
-        spec = find_spec("peft")
+        try:
+            spec = find_spec("peft")
+        finally:
+            sys.meta_path.insert(0, self)  # who asks for a spec may only want to know whether PEFT is installed
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def execute_and_register(module: ModuleType) -> None:
+                sys.meta_path.remove(self)
                 execute(module)
                 importlib.import_module(".tuner", __name__)
 
