@@ -91,16 +91,8 @@ def check_layer(layer: StiefelLinear, *, again: bool = False) -> None:
         return
     refuse_out_of_reach([layer])
     if isinstance(weight, DTensor):
-        raise ValueError(
-            f"A Stiefel factor of shape {tuple(weight.shape)} is sharded over processes (FSDP2, DTensor), and the step "
-            "needs whole matrices. Leave the adapter's factors out of fully_shard (ignored_params), or use DDP."
-        )
-    whole = layer.orthonormal.detach()
-    distance = distance_to_stiefel(whole).item()
-    if not distance <= DRIFTED:
-        raise ValueError(_far(layer, distance))
-    if distance > ROUNDED:
-        _bring_back(layer, whole, distance)
+        return  # processes look together, at the beginning of their step
+    _bring_back(layer, layer.orthonormal.detach())
     settle(layer)
 
 
@@ -111,14 +103,39 @@ def check_manifold(model: nn.Module) -> None:
             check_layer(module, again=True)
 
 
-def _bring_back(layer: StiefelLinear, whole: Tensor, distance: float) -> None:
-    layer.orthonormal.copy_(polar_retraction(whole, torch.zeros_like(whole)))
+@torch.no_grad()
+def check_state(model: nn.Module, state: dict[str, Any]) -> None:
+    """`check_manifold` for weights about to be saved, which may have been gathered from elsewhere.
+
+    What half precision has rounded is left: it is put back when it is loaded.
+    """
+    for name, module in model.named_modules():
+        saved = state.get(f"{name}.weight")
+        if not isinstance(module, StiefelLinear) or not isinstance(saved, Tensor) or isinstance(saved, DTensor):
+            continue
+        if saved.dtype in (torch.float32, torch.float64) and not saved.is_meta:
+            _bring_back(module, module.tall(saved.detach()))
+
+
+def _bring_back(layer: StiefelLinear, Y_MR: Tensor) -> None:
+    """Put the layer's factor, or a copy of it, back on the manifold, in place."""
+    if must_return(layer, distance_to_stiefel(Y_MR).item()):
+        Y_MR.copy_(polar_retraction(Y_MR, torch.zeros_like(Y_MR)))
+
+
+def must_return(layer: StiefelLinear, distance: float) -> bool:
+    """Whether a factor this far from the manifold is to be brought back, which is said; too far, it is refused."""
+    if not distance <= DRIFTED:
+        raise ValueError(_far(layer, distance))
+    if distance <= ROUNDED:
+        return False
     warnings.warn(
         f"A Stiefel factor of shape {tuple(layer.weight.shape)} had left the manifold by {distance:.1e} without our "
         "step, and has been brought back to the nearest orthonormal matrix. Reasons: weights stored in half precision, "
         "an edit by hand, an optimizer that does not run torch's step hooks.",
         stacklevel=4,
     )
+    return True
 
 
 def _far(layer: StiefelLinear, distance: float) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
@@ -27,6 +28,7 @@ from .fast import full_precision
 from .guard import Unowned, check_layer, refuse_optimizer, refuse_out_of_reach, settle
 from .linear import StiefelLinear, live_stiefel_layers
 from .moves import Move, plan
+from .shards import plan_shards
 
 
 @dataclass
@@ -131,7 +133,9 @@ def _moves(optimizer: Optimizer, layers: list[StiefelLinear]) -> list[Move]:
     weights = [(id(layer), layer.weight.data_ptr(), layer.weight.dtype) for layer in layers]
     known = _plans.get(optimizer)
     if known is None or known.weights != weights:
-        known = _plans[optimizer] = _Plan(weights, plan(layers))
+        sharded = [layer for layer in layers if isinstance(layer.weight, DTensor)]
+        whole = [layer for layer in layers if not isinstance(layer.weight, DTensor)]
+        known = _plans[optimizer] = _Plan(weights, [*plan(whole), *plan_shards(sharded)])
     return known.moves
 
 
