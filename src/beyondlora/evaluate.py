@@ -114,7 +114,7 @@ def open_target(
 
     Raises: FileNotFoundError, ValueError.
     """
-    folder, run = _locate(target)
+    folder, run = locate(target)
     config_in(folder)  # before anything that takes long
     measurable = not (recipe is None and run is None and data is None)
     recipe = recipe or _recipe_of(folder, run, data if measurable or needs_rows else "(none)")
@@ -138,8 +138,8 @@ def load_base(recipe: Recipe, processor: Any, label_names: list[str] | None) -> 
     )
 
 
-def _locate(target: Path) -> tuple[Path, RunFolder | None]:
-    """The adapter's folder, and the run it belongs to."""
+def locate(target: Path) -> tuple[Path, RunFolder | None]:
+    """The adapter's folder, and the run it belongs to. Raises: FileNotFoundError."""
     if not target.is_dir():
         raise FileNotFoundError(f"{target} does not exist or is not a folder; name a run folder or an adapter folder.")
     run = RunFolder(target)

@@ -32,11 +32,19 @@ def documented() -> dict[tuple[str, str, str], str]:
     return cells
 
 
+def packs_4bit_weights() -> bool:
+    from bitsandbytes.functional import has_avx512bf16
+
+    return has_avx512bf16()
+
+
 @pytest.mark.parametrize("kind", LAYER_KINDS, ids=lambda kind: kind.name)
 @pytest.mark.parametrize("method", probes.methods())
 def test_the_documented_matrix_is_what_comes_out(method, kind):
     if not kind.installed:
         pytest.skip(f"{kind.package} is not installed")
+    if (method, kind.name) == ("LORA", "bnb 4-bit") and not packs_4bit_weights():
+        pytest.skip("PEFT's LoRA merges into a packed weight, which this processor does not have")
     found = {feature: SIGNS[probes.answer(method, kind, feature).state] for feature in probes.FEATURES}
     printed = {feature: documented()[method, kind.name, feature] for feature in probes.FEATURES}
     if set(printed.values()) == {"?"}:

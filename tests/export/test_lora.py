@@ -383,6 +383,11 @@ def lora():
     return trained(LoraConfig(r=2, target_modules=TARGETS))
 
 
+def convolution():
+    config = beyondlora.StellaConfig(r=2, target_modules=["0"])
+    return get_peft_model(nn.Sequential(nn.Conv2d(3, 4, 2)), config)
+
+
 REFUSALS = {
     "no base model": (stella, {"base_model": None}, "pass base_model"),
     "several active": (several, {}, r"choose the one to export: model\.set_adapter"),
@@ -391,6 +396,13 @@ REFUSALS = {
     "a trained head": (lambda: stella(modules_to_save=["lm_head"]), {}, r"modules_to_save.*--to merged"),
     "biases": (lambda: stella(bias="all"), {}, r"bias='all'.*--to merged"),
     "tokens": (lambda: stella(trainable_token_indices=[1]), {}, "trainable_token_indices"),
+    "a table": (lambda: stella(target_modules=["embed_tokens", "q_proj"]), {}, "embed_tokens is a Embedding: servers"),
+    "a table to distil": (
+        lambda: trained(beyondlora.CeraConfig(r=2, target_modules=["embed_tokens"])),
+        {"distil_on": []},
+        "embed_tokens is a Embedding: servers",
+    ),
+    "a kernel": (convolution, {}, r"0 is a Conv2d: servers take LoRA beside linear layers only.*--to merged"),
     "PEFT's own": (lora, {}, r"PEFT's own type LORA"),
     "nothing to distil": (stella, {"distil_on": []}, "equals a LoRA exactly"),
     "a rank for an exact one": (stella, {"rank": 2}, r"rank=2 is that of a distilled LoRA"),

@@ -149,6 +149,29 @@ def test_a_nonlinear_adapter_cannot_be_merged(exported, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def forbidden(*args, **kwargs):
+    raise AssertionError("the base model was loaded")
+
+
+@pytest.mark.parametrize(
+    ("adapter", "message"),
+    [
+        ({"peft_type": "CERA", "r": 2}, "Cannot merge a CeRA adapter.*--distil DATA"),
+        ({"peft_type": "STELLA", "r": 2, "bias": "all"}, "trains more than a LoRA holds"),
+        ({"peft_type": "LORA", "r": 2}, "PEFT's own type LORA"),
+    ],
+    ids=["nonlinear", "biases", "lora"],
+)
+def test_what_the_config_forbids_is_refused_before_anything_is_loaded(adapter, message, tmp_path, monkeypatch):
+    monkeypatch.setattr("beyondlora.evaluate.load_base", forbidden)
+    monkeypatch.setattr("beyondlora.models.load_processor", forbidden)
+    run = tmp_path / "adapter"
+    run.mkdir()
+    (run / "adapter_config.json").write_text(json.dumps({"target_modules": ["q_proj"], **adapter}))
+    with pytest.raises(ValueError, match=message):
+        export(run, tmp_path / "lora")
+
+
 # The command ---------------------------------------------------------------------------------------------------------
 
 

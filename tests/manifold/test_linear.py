@@ -232,3 +232,33 @@ def test_half_precision_inputs_meet_a_rounded_factor_and_leave_the_factor_alone(
     assert layer(x).dtype == dtype
     torch.testing.assert_close(layer(x).float(), x.float() @ before.mT, rtol=2e-2, atol=2e-2)  # 8 bits of bfloat16
     assert torch.equal(layer.weight, before)
+
+
+@every_size
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_weight_rounded_through_data_is_float32_again_before_it_is_trained(
+    dtype: torch.dtype, N: int, M: int
+) -> None:
+    layer = StiefelLinear(N, M)
+    before = layer.weight.detach().clone()
+    layer.weight.data = layer.weight.data.to(dtype)
+    layer.eval()
+    assert layer.weight.dtype == dtype  # whoever only looks at it, or saves it, finds what was put there
+    layer.train()
+    assert layer.weight.dtype == torch.float32
+    assert distance_to_stiefel(layer.orthonormal) < 2e-6
+    torch.testing.assert_close(layer.weight.detach(), before, rtol=0, atol=0.01)
+
+
+def test_a_rounded_weight_is_float32_again_in_the_step_at_the_latest() -> None:
+    layer = StiefelLinear(4, 64)
+    layer.weight.data = layer.weight.data.bfloat16()
+    layer(torch.randn(8, 4).bfloat16()).square().sum().backward()
+    assert layer.weight.grad is not None
+    assert layer.weight.grad.dtype == torch.bfloat16
+    before = layer.weight.detach().float()
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.05)
+    optimizer.step()
+    assert layer.weight.dtype == optimizer.state[layer.weight]["exp_avg"].dtype == torch.float32
+    assert distance_to_stiefel(layer.orthonormal) < 2e-6
+    assert (layer.weight - before).abs().max() > 0.01

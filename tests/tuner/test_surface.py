@@ -3,8 +3,12 @@
 import pytest
 import small_models
 import torch
+from huggingface_hub import ModelCard
 from methods import METHODS
 from peft import (
+    AutoPeftModel,
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForSequenceClassification,
     LoraConfig,
     PeftConfig,
     PeftMixedModel,
@@ -16,8 +20,12 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from peft.utils.hotswap import hotswap_adapter as peft_hotswap
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from beyondlora import StellaConfig
+from beyondlora.tuner.base_layers import layer_problem
 from beyondlora.tuner.layer import AdapterLayer
 
 one_of_each_paper = pytest.mark.parametrize(
@@ -50,12 +58,39 @@ def test_token_rows_are_trained_and_saved_beside_the_adapter(method, tmp_path):
     torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=0)
 
 
-@one_of_each_paper
-def test_tied_embeddings_stay_tied(method):
+def tied_llama():
     base = small_models.llama()
     base.config.tie_word_embeddings = True
     base.tie_weights()
-    model = get_peft_model(base, method.config(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    return base
+
+
+@one_of_each_paper
+def test_token_rows_of_tied_embeddings_are_trained_in_both_places(method, tmp_path):
+    config = method.config(target_modules=["q_proj"], trainable_token_indices=[5, 7], task_type="CAUSAL_LM")
+    model = get_peft_model(tied_llama(), config)
+    small_models.train_a_little(model, steps=4)
+    inner = model.get_base_model()
+    table, head = (m.token_adapter.get_merged_weights(["default"]) for m in (inner.model.embed_tokens, inner.lm_head))
+    assert torch.equal(table, head)
+    moved = (table != tied_llama().lm_head.weight).any(dim=1)
+    assert moved.nonzero().flatten().tolist() == [5, 7]
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(tied_llama(), tmp_path)), logits(model))
+
+
+@one_of_each_paper
+def test_merging_a_tied_embedding_warns_that_the_head_changes_too(method):
+    config = method.config(target_modules=["embed_tokens"], task_type="CAUSAL_LM")
+    with pytest.warns(UserWarning, match="a tied layer is part of the adapter"):
+        model = get_peft_model(tied_llama(), config)
+    with pytest.warns(UserWarning, match="untie the embeddings"):
+        model.merge_adapter()
+
+
+@one_of_each_paper
+def test_tied_embeddings_stay_tied(method):
+    model = get_peft_model(tied_llama(), method.config(target_modules=["q_proj"], task_type="CAUSAL_LM"))
     small_models.train_a_little(model)
     inner = model.get_base_model()
     assert inner.lm_head.weight.data_ptr() == inner.model.embed_tokens.weight.data_ptr()
@@ -121,16 +156,59 @@ def test_status_calls_and_counts(method, capsys):
 
 
 @one_of_each_paper
-def test_a_config_can_be_given_at_loading_and_the_card_is_ready_for_the_hub(method, tmp_path):
+def test_a_config_can_be_given_at_loading(method, tmp_path):
     model = adapted(method)
     model.save_pretrained(tmp_path)
     config = PeftConfig.from_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(small_models.llama(), tmp_path, config=config)
     assert loaded.peft_config["default"] is config
     torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=0)
-    card = (tmp_path / "README.md").read_text()
-    assert "library_name: peft" in card
-    assert "\n- lora\n" not in card  # servers would take it for one
+
+
+@one_of_each_paper
+def test_the_model_card_is_ready_for_the_hub(method, tmp_path):
+    base = small_models.llama()
+    base.name_or_path = base.config._name_or_path = "somebody/base"  # as from_pretrained leaves them
+    model = get_peft_model(base, method.config(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    model.save_pretrained(tmp_path, save_embedding_layers=False)  # "auto" would ask the hub
+    card = ModelCard.load(tmp_path / "README.md").data
+    assert (card.library_name, card.base_model) == ("peft", "somebody/base")
+    assert "base_model:adapter:somebody/base" in card.tags
+    assert "lora" not in card.tags  # servers would take it for one
+
+
+AUTO_CLASSES = [
+    (AutoPeftModel, small_models.llama, None, {}),
+    (AutoPeftModelForCausalLM, small_models.llama, "CAUSAL_LM", {}),
+    (AutoPeftModelForSequenceClassification, small_models.bert, "SEQ_CLS", {"num_labels": 3}),
+]
+
+
+@one_of_each_paper
+@pytest.mark.parametrize(("auto", "family", "task", "options"), AUTO_CLASSES, ids=["any", "decoder", "classifier"])
+def test_auto_classes_find_the_base_model_by_themselves(method, auto, family, task, options, tmp_path):
+    base = family()
+    base.save_pretrained(tmp_path / "base")
+    base.name_or_path = str(tmp_path / "base")
+    targets = ["q_proj"] if family is small_models.llama else ["query"]
+    model = get_peft_model(base, method.config(target_modules=targets, task_type=task, init_lora_weights=False))
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = auto.from_pretrained(tmp_path / "adapter", **options)
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=0)
+    assert not torch.equal(logits(loaded), logits(family()))
+
+
+@one_of_each_paper
+def test_a_model_without_memory_waits_for_its_weights(method):
+    saved = adapted(method)
+    state = get_peft_model_state_dict(saved)
+    config = method.config(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(small_models.llama(), config, low_cpu_mem_usage=True)
+    ours = {name: p.device.type for name, p in model.named_parameters() if method.prefix in name}
+    assert set(ours.values()) == {"meta"}
+    assert len(ours) == len(state)
+    set_peft_model_state_dict(model, state, low_cpu_mem_usage=True)
+    torch.testing.assert_close(logits(model), logits(saved), rtol=0, atol=0)
 
 
 @one_of_each_paper
@@ -141,6 +219,30 @@ def test_mixed_models_are_closed_to_outside_methods(method):
     assert isinstance(lora, PeftMixedModel)
     with pytest.raises(ValueError, match="not compatible"):
         lora.add_adapter("ours", method.config(r=2, target_modules=["first"]))
+
+
+@one_of_each_paper
+def test_saved_adapters_do_not_get_into_mixed_models_nor_through_pefts_hotswap(method, tmp_path):
+    model = get_peft_model(small_models.Perceptron(), method.config(r=2, target_modules=["first"]))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="not supported for mixed models"):
+        PeftMixedModel.from_pretrained(small_models.Perceptron(), tmp_path)
+    with pytest.raises(ValueError, match="Hotswapping only supports LORA"):
+        peft_hotswap(model, str(tmp_path), "default")
+
+
+def test_a_weight_that_is_split_over_a_mesh_is_refused_unless_the_split_is_fsdps(tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        for dimension, refused in (("tp", True), ("fsdp", False)):
+            layer = torch.nn.Linear(4, 4)
+            mesh = init_device_mesh("cpu", (1,), mesh_dim_names=(dimension,))
+            layer.weight = torch.nn.Parameter(distribute_tensor(layer.weight.detach(), mesh, [Shard(0)]))
+            problem = layer_problem(layer)
+            assert ("tensor parallelism" in (problem or "")) is refused, dimension
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_layers_split_by_tensor_parallelism_are_refused():

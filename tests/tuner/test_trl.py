@@ -1,9 +1,10 @@
-"""TRL's SFTTrainer with each config: `peft_config=` is all a user changes."""
+"""TRL's SFTTrainer with each config: `peft_config=` is all a user changes, on a quantised base too."""
 
 import pytest
 import torch
 from datasets import Dataset
 from methods import METHODS
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from beyondlora.manifold import distance_to_stiefel
 from beyondlora.manifold.linear import StiefelLinear
@@ -18,11 +19,21 @@ pytestmark = [
 ]
 
 
-@one_of_each_paper
-def test_sfttrainer_takes_each_config(method, house, tmp_path):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+BASES = {
+    "plain": None,
+    "8-bit": BitsAndBytesConfig(load_in_8bit=True),
+    "4-bit": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32),
+}
 
-    model = AutoModelForCausalLM.from_pretrained(house / "base", dtype=torch.float32)
+
+@one_of_each_paper
+@pytest.mark.parametrize("quantised", BASES)
+def test_sfttrainer_takes_each_config(method, quantised, house, tmp_path):
+    if quantised != "plain":
+        pytest.importorskip("bitsandbytes")
+    model = AutoModelForCausalLM.from_pretrained(
+        house / "base", dtype=torch.float32, device_map="cpu", quantization_config=BASES[quantised]
+    )
     rows = Dataset.from_dict({"text": [f"{number} is followed by {number + 1}." for number in range(16)]})
     arguments = trl.SFTConfig(
         output_dir=str(tmp_path),
@@ -44,10 +55,12 @@ def test_sfttrainer_takes_each_config(method, house, tmp_path):
         peft_config=method.config(target_modules="all-linear", task_type="CAUSAL_LM"),
     )
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    # The trainer rounds what it trains beside a quantised base, and the factors are back when it starts.
+    assert {p.dtype for p in before.values()} == {torch.float32 if quantised == "plain" else torch.bfloat16}
     trainer.train()
-    assert before
     assert all(f".{method.prefix}" in name for name in before)
-    assert any(not torch.equal(p, before[n]) for n, p in trainer.model.named_parameters() if n in before)
+    moved = [(p - before[n]).abs().max() for n, p in trainer.model.named_parameters() if n in before]
+    assert max(moved) > 0.01  # three steps of 0.02; rounding to bfloat16 is below
     for factor in (m for m in trainer.model.modules() if isinstance(m, StiefelLinear)):
         assert factor.weight.dtype == torch.float32
         assert distance_to_stiefel(factor.orthonormal) < 2e-6

@@ -116,6 +116,11 @@ class Adapter(nn.Module):
         raise ValueError(self.sum_refusal)
 
     @property
+    def picks_columns(self) -> bool:
+        """Whether the core sees single columns of the down-projection only, so that any core is a weight update."""
+        return self.reading is not None and self.reading.picks_columns
+
+    @property
     def sum_refusal(self) -> str | None:
         """Why a weighted sum of such adapters is not such an adapter; None where it is, and `adopt` works."""
         return (

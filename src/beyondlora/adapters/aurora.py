@@ -109,6 +109,7 @@ class AuroraAdapter(Adapter):
 
     Trained and evaluated dynamically. It merges in the paper's static form ΔW = s · B · σ(A), σ applied to each column
     of A, which is another function of x than the one trained: σ(A) x is not σ(A x). `static_gap` measures how far.
+    Beside an embedding x picks a column, and the two are one.
 
     Args:
         in_features: N.
@@ -173,7 +174,9 @@ class AuroraAdapter(Adapter):
 
     @property
     def merge_warning(self) -> str | None:
-        """The static form is an approximation."""
+        """The static form is an approximation, but for embeddings."""
+        if self.picks_columns:
+            return None
         return (
             "Merging AuroRA folds its static form s·B·σ(A) into the weights: σ(A)x is not σ(Ax), so the merged model "
             "differs from the trained one, sometimes beyond use. Measure it on your data before you rely on it: "

@@ -19,7 +19,8 @@ class CeraAdapter(Adapter):
     """s · B · D_p(act(A x)) with A (R, N) and B (M, R).
 
     The nonlinearity stays at inference: no weight matrix equals base + adapter, so there is nothing to merge (but for
-    the ablation activation="identity", which is LoRA with its dropout moved into the bottleneck).
+    the ablation activation="identity", which is LoRA with its dropout moved into the bottleneck, and beside embeddings,
+    where x picks a column: B act(A) is a table to add).
 
     Args:
         in_features: N.
@@ -77,8 +78,8 @@ class CeraAdapter(Adapter):
         return self.core(dropped_linear(x_TN, self.down, nn.Identity()))
 
     def static_down_weight(self) -> torch.Tensor:
-        """A itself: only the identity activation has a static form, and dropout is no part of it."""
-        return self.down.weight
+        """act(A): what each column becomes; dropout is no part of it."""
+        return self.activation(self.down.weight)
 
     @torch.no_grad()
     def adopt(self, up_MK: torch.Tensor, down_KN: torch.Tensor) -> None:
@@ -100,8 +101,8 @@ class CeraAdapter(Adapter):
 
     @property
     def merge_refusal(self) -> str | None:
-        """CeRA is nonlinear in x."""
-        if isinstance(self.activation, nn.Identity):
+        """CeRA is nonlinear in x, but for embeddings."""
+        if isinstance(self.activation, nn.Identity) or self.picks_columns:
             return None
         return (
             "Cannot merge a CeRA adapter: it is nonlinear in x, so no weight matrix equals base + adapter. Keep it "

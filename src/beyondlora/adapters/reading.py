@@ -20,6 +20,7 @@ class Reading:
     """Reads an input with a down-projection's weight (R, N); gives the up-projection's output the layer's layout."""
 
     drops_features: ClassVar[bool] = True
+    picks_columns: ClassVar[bool] = False
 
     def read(self, x: Tensor, weight_RN: Tensor) -> Tensor:
         """Map an input of the layer to (..., R)."""
@@ -34,6 +35,7 @@ class Lookup(Reading):
     """An embedding: the input is indices, and the down-projection's columns are looked up. There is nothing to drop."""
 
     drops_features = False
+    picks_columns = True
 
     def read(self, x: Tensor, weight_RN: Tensor) -> Tensor:
         """Map indices (...) to (..., R)."""

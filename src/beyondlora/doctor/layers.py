@@ -3,12 +3,15 @@
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 TARGET = "target"
+EIGHT_BITS, FOUR_BITS = 0.03, 0.25  # the grain of quantised weights, which are quantised again
 
 
 class Host(nn.Module):
@@ -16,13 +19,16 @@ class Host(nn.Module):
 
     Attributes:
         additive: the effects of two weight updates on its output add up.
+        grain: how far an output moves, relative to the largest entry, when the layer's weight is stored anew; None
+            where storing it loses nothing but the dtype's rounding.
     """
 
     additive = True
 
-    def __init__(self, target: nn.Module) -> None:
+    def __init__(self, target: nn.Module, *, grain: float | None = None) -> None:
         super().__init__()
         self.target = target
+        self.grain = grain
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output."""
@@ -64,22 +70,43 @@ class LayerKind:
 
 
 def _bitsandbytes_8bit() -> nn.Module:
-    from bitsandbytes.nn import Linear8bitLt
+    from bitsandbytes.nn.modules import Linear8bitLt
 
-    return _quantised(Linear8bitLt(64, 32, has_fp16_weights=False))
+    return _on_a_device(Linear8bitLt(64, 32, has_fp16_weights=False), EIGHT_BITS, is_loaded_in_8bit=True)
 
 
 def _bitsandbytes_4bit() -> nn.Module:
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn.modules import Linear4bit
 
-    return _quantised(Linear4bit(64, 32, compute_dtype=torch.float32))
+    return _on_a_device(Linear4bit(64, 32, compute_dtype=torch.float32), FOUR_BITS, is_loaded_in_4bit=True)
 
 
-def _quantised(layer: nn.Module) -> nn.Module:
-    """Quantise by bitsandbytes' own way: load float weights, then move to a device."""
+def _on_a_device(layer: nn.Module, grain: float, **marks: bool) -> nn.Module:
+    """Quantise by bitsandbytes' own way: load float weights, then move to a device. PEFT's LoRA goes by the marks."""
     layer.load_state_dict(nn.Linear(64, 32).state_dict())
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    return Host(layer.to(device))
+    host = Host(layer.to(device), grain=grain)
+    vars(host).update(marks)
+    return host
+
+
+def _torchao_8bit() -> nn.Module:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    from transformers import TorchAoConfig
+
+    host: Any = Host(nn.Linear(64, 32), grain=EIGHT_BITS)
+    quantize_(host.target, Int8WeightOnlyConfig())
+    # PEFT writes merged weights back by the model's own quantisation.
+    host.hf_quantizer = SimpleNamespace(quantization_config=TorchAoConfig(Int8WeightOnlyConfig()))
+    return host
+
+
+def _hqq_4bit() -> nn.Module:
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    linear = nn.Linear(64, 32).requires_grad_(False)
+    config = BaseQuantizeConfig(nbits=4, group_size=64)
+    return Host(HQQLinear(linear, config, compute_dtype=torch.float32, device="cpu"), grain=FOUR_BITS)
 
 
 def _floats(*shape: int, dtype: torch.dtype = torch.float32) -> Callable[[], Tensor]:
@@ -109,4 +136,6 @@ LAYER_KINDS = (
     ),
     LayerKind("bnb 8-bit", _bitsandbytes_8bit, _floats(3, 64), "bitsandbytes"),
     LayerKind("bnb 4-bit", _bitsandbytes_4bit, _floats(3, 64), "bitsandbytes"),
+    LayerKind("torchao 8-bit", _torchao_8bit, _floats(3, 64), "torchao"),
+    LayerKind("HQQ 4-bit", _hqq_4bit, _floats(3, 64), "hqq"),
 )

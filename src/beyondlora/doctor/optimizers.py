@@ -3,8 +3,10 @@
 import importlib
 import importlib.util
 import inspect
+import io
 import warnings
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from typing import Any
 
 import torch
@@ -31,7 +33,7 @@ def probe_optimizers() -> dict[str, Answer]:
             found[home] = Answer("absent", f"{package} is not installed")
             continue
         for name, optimizer_cls in _classes(module):
-            with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+            with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), redirect_stdout(io.StringIO()):
                 warnings.simplefilter("ignore")
                 found[f"{home} {name}"] = ask(lambda cls=optimizer_cls: _train_a_factor(cls))  # type: ignore[misc]
     return found
@@ -51,7 +53,7 @@ def _train_a_factor(optimizer_cls: type[torch.optim.Optimizer]) -> None:
     factor = StiefelLinear(4, 64)
     x, y = torch.randn(32, 4), torch.randn(32, 64)
     before = factor.weight.detach().clone()
-    optimizer = optimizer_cls(factor.parameters(), **_rate(optimizer_cls))
+    optimizer = optimizer_cls(factor.parameters(), **_options(optimizer_cls))
     getattr(optimizer, "train", lambda: None)()  # schedule-free ones have two modes
     for _ in range(5):
         nn.functional.mse_loss(factor(x), y).backward()
@@ -64,7 +66,10 @@ def _train_a_factor(optimizer_cls: type[torch.optim.Optimizer]) -> None:
         raise WrongResultError(f"the factor left the manifold by {distance:.1e}")
 
 
-def _rate(optimizer_cls: type[torch.optim.Optimizer]) -> dict[str, Any]:
-    """A learning rate, where the optimizer does not find its own."""
-    rate = inspect.signature(optimizer_cls).parameters.get("lr")
-    return {} if rate is None or rate.default is None else {"lr": 1e-2}
+def _options(optimizer_cls: type[torch.optim.Optimizer]) -> dict[str, Any]:
+    """A learning rate, where the optimizer does not find its own, and momentum, without which some do nothing."""
+    parameters = inspect.signature(optimizer_cls).parameters
+    wanted = {"lr": 1e-2, "momentum": 0.9}
+    return {
+        name: value for name, value in wanted.items() if name in parameters and parameters[name].default is not None
+    }

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from peft import PeftModel
@@ -18,6 +18,7 @@ from ..attach import quiet
 from ..manifold.guard import check_manifold
 from ..run_folder import replacing
 from ..targets import is_linear
+from ..tuner.config import AdapterConfig
 from ..tuner.layer import AdapterLayer
 from .distil import distil
 from .folder import PREFIX, Factors, as_text, check_free, serving_command, vllm_rank, write_lora, write_record
@@ -134,17 +135,42 @@ def adapted_layers(model: PeftModel) -> Adapted:
         if isinstance(layer, AdapterLayer) and active[0] in layer.adapters
     }
     if not adapted:
-        kind = as_text(model.peft_config[active[0]].peft_type)
-        raise ValueError(
-            f"The active adapter is of PEFT's own type {kind}: a LoRA is one already, and for what else merges PEFT "
-            "has peft.convert_to_lora. --to merged works for all of them."
-        )
+        _refuse_pefts_own(model.peft_config[active[0]])
     return adapted
+
+
+def check_config(config: Any, *, distilling: bool) -> None:
+    """Refuse what no plain LoRA can hold as far as the adapter's config says so: no model is needed.
+
+    Raises: ValueError.
+    """
+    if not isinstance(config, AdapterConfig):
+        _refuse_pefts_own(config)
+    more = {
+        "modules_to_save": config.modules_to_save,
+        "bias": None if config.bias == "none" else config.bias,
+        "trainable_token_indices": config.trainable_token_indices,
+    }
+    held = [f"{name}={value!r}" for name, value in more.items() if value]
+    if held:
+        raise ValueError(
+            f"This adapter trains more than a LoRA holds ({', '.join(held)}), which servers refuse or drop silently. "
+            "Export the model merged: beyondlora export ADAPTER --to merged."
+        )
+    if config.merge_refusal and not distilling:
+        raise ValueError(config.merge_refusal)
+
+
+def _refuse_pefts_own(config: Any) -> NoReturn:
+    raise ValueError(
+        f"The active adapter is of PEFT's own type {as_text(config.peft_type)}: a LoRA is one already, and for what "
+        "else merges PEFT has peft.convert_to_lora. --to merged works for all of them."
+    )
 
 
 def _form(model: PeftModel, adapted: Adapted, *, distilling: bool, rank: int | None) -> str:
     """Refuse what no plain LoRA can hold; return what the LoRA is: "exact", "static" or "distilled"."""
-    _check_only_adapters(model.peft_config[model.active_adapter])
+    check_config(model.peft_config[model.active_adapter], distilling=distilling)
     for path, (layer, _) in adapted.items():
         if not is_linear(layer.get_base_layer()):
             raise ValueError(
@@ -159,27 +185,11 @@ def _form(model: PeftModel, adapted: Adapted, *, distilling: bool, rank: int | N
         raise ValueError("This adapter equals a LoRA exactly; export it without distilling.")
     if distilling:
         return "distilled"
-    if refusals:
-        raise ValueError(refusals.pop())
     if rank is not None:
         raise ValueError(f"rank={rank} is that of a distilled LoRA; without distilling it is the adapter's own.")
     for warning in warned:
         warnings.warn(str(warning), stacklevel=4)
     return "static" if warned else "exact"
-
-
-def _check_only_adapters(config: Any) -> None:
-    more = {
-        "modules_to_save": config.modules_to_save,
-        "bias": None if config.bias == "none" else config.bias,
-        "trainable_token_indices": config.trainable_token_indices,
-    }
-    held = [f"{name}={value!r}" for name, value in more.items() if value]
-    if held:
-        raise ValueError(
-            f"This adapter trains more than a LoRA holds ({', '.join(held)}), which servers refuse or drop silently. "
-            "Export the model merged: beyondlora export ADAPTER --to merged."
-        )
 
 
 def _exact_factors(adapted: Adapted) -> Factors:

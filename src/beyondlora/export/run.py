@@ -12,12 +12,13 @@ from torch.utils.data import DataLoader
 
 from .. import data as data_module
 from .. import models
-from ..evaluate import Opened, device, open_target
+from ..attach import config_in
+from ..evaluate import Opened, device, locate, open_target
 from ..measure import as_dict, measure
 from ..progress import Progress
 from ..recipe import Recipe
 from .folder import check_free
-from .lora import export_lora
+from .lora import check_config, export_lora
 from .merged import export_merged
 from .rows import Batch, prompts_for
 
@@ -59,6 +60,8 @@ def export(
     if to == "merged" and (distil or rank or round_rank):
         raise ValueError("--distil, --rank and --round-rank shape a LoRA; a merged model has none.")
     check_free(folder)
+    if to == "lora":
+        check_config(config_in(locate(target)[0]), distilling=distil is not None)
     progress = progress or Progress()
     report = report or distil is not None
     opened = open_target(target, data=data, recipe=recipe, needs_rows=report)

@@ -1,16 +1,19 @@
 """The float32 step, fast: what `stiefel.py` defines, with as few passes over the tall matrices as there can be.
 
     before   G ← G − Y (GᵀY)                                  two products, in place
-    after    A = (1 − c) I − c sym(YᵀỸ − I)                   c the step scale: Y + to_tangent(c (Ỹ − Y)) = Y A + c Ỹ
-             Z = Y A + c Ỹ                                    in place of Ỹ
-             Y ← Z (ZᵀZ)^{-1/2}                               the inverse root by Newton–Schulz on R×R matrices
+    after    Ỹ ← Y + c (Ỹ − Y)                                c the step scale
+             H = YᵀỸ, K = ỸᵀỸ                                 two products
+             A = I − sym H                                    Z = Y + to_tangent(Ỹ − Y) = Ỹ + Y A
+             W = (ZᵀZ)^{-1/2} = (K + A H + (A H)ᵀ + A²)^{-1/2}
+             Y ← Z W = Ỹ W + Y (A W)                          two products
 
-The projection may take YᵀY for I: what that gets wrong is symmetric, and the polar factor removes it. The Gram matrix
-of Z is the actual one, so that rounding does not pile up over steps.
+Twice YᵀY is taken for I. In the projection, what that gets wrong is symmetric, and the polar factor removes it; in the
+Gram matrix of Z it is multiplied by A², and A is as small as the step. K is the actual Gram matrix, so that rounding
+does not pile up over steps. The inverse root is a series in ZᵀZ − I, repeated (Newton–Schulz) where the step is long.
 
-Two forms: one matrix after the other (CPU: no copies, and a step that is too long is seen and handed to the definition
-in float64), and a stack (CUDA: few launches, no look at a value, hence no synchronisation).
-Legend: M rows, R columns (rank), B matrices of one shape in a stack. Y point, Z the step before retraction.
+Two forms: products one after the other and R×R matrices together (CPU: no copies; a step that is too long is seen and
+handed to the definition in float64), and a stack (CUDA: few launches, no look at a value, hence no synchronisation).
+Legend: M rows, R columns (rank), B matrices of one shape. Y point, Z the step before retraction.
 """
 
 from collections.abc import Iterator
@@ -21,7 +24,10 @@ from torch import Tensor
 
 from .stiefel import polar_retraction, sym, to_tangent
 
-NEAR, ROUNDS = 1e-3, 8  # below NEAR one more cubic round leaves 5/16 · NEAR³, under float32's rounding
+NEAR, ROUNDS = 0.03, 8  # below NEAR one more round leaves 63/256 · NEAR⁵, under float32's rounding
+REACH = 0.9  # from where the rounds converge
+BLOCK = 512  # rows of a product whose sum is to be exact
+SIDE_BY_SIDE = 16  # columns below which BLAS runs products at a fraction of its speed
 STACKED_ROUNDS = 32  # σ grows by up to 3/2 a round
 UNEVEN = 2.0  # mean(λ) · mean(1/λ) of a Gram matrix from which its float32 rounding is felt; 1 for I
 
@@ -43,49 +49,107 @@ def full_precision(device_type: str) -> Iterator[None]:
             torch.set_float32_matmul_precision(asked)
 
 
-def convert_gradient_(Y_MR: Tensor, G_MR: Tensor) -> bool:
-    """Turn G into the Riemannian gradient at Y, in place. Returns: whether G was finite."""
-    H_RR = G_MR.mT @ Y_MR
-    G_MR.addmm_(Y_MR, H_RR, alpha=-1)
-    return bool(torch.isfinite(H_RR.sum()))  # nan and infinity survive every product and sum
+def convert_gradient_(Y_MR: Tensor, G_MR: Tensor) -> Tensor:
+    """Turn G into the Riemannian gradient at Y, in place. Returns: a number that is finite if G was."""
+    total = G_MR.sum()  # nan and infinity survive every sum; and it streams G into the cache
+    add_product_(G_MR, Y_MR, inner(G_MR, Y_MR), alpha=-1)
+    return total
 
 
-def retract_(before_MR: Tensor, after_MR: Tensor, scale: float, scratch_MR: Tensor) -> bool:
-    """Turn the Euclidean step from `before` to `after` into the polar one, in place of `after`.
+def retract_(before: list[Tensor], after: list[Tensor], scale: float, scratch_MR: Tensor) -> bool:
+    """Turn the Euclidean steps from `before` to `after`, matrices (M, R), into polar ones, in place of `after`.
 
-    Returns: whether `after` was finite; where it was not, it is left as it is.
+    Returns: whether every `after` was finite. Where one was not, `after` is of no use.
     """
-    A_RR = _projection(before_MR.mT @ after_MR, scale)
-    if not A_RR.abs().amax() < 2:  # a step longer than the manifold is wide: what Y A and c Ỹ share would cancel
-        if not torch.isfinite(after_MR).all():
+    products = []
+    for Y_MR, Z_MR in zip(before, after, strict=True):
+        if scale != 1:
+            torch.lerp(Y_MR, Z_MR, scale, out=Z_MR)
+        products.append((inner(Y_MR, Z_MR), gram(Z_MR)))
+    W_BRR, AW_BRR, near_B = polar_coefficients(*(torch.stack(small) for small in zip(*products, strict=True)))
+    for Y_MR, Z_MR, W_RR, AW_RR, near in zip(before, after, W_BRR, AW_BRR, near_B.tolist(), strict=True):
+        if near:
+            add_product_(scratch_MR, Z_MR, W_RR, beta=0)
+            Z_MR.copy_(add_product_(scratch_MR, Y_MR, AW_RR))
+        elif torch.isfinite(Z_MR).all():
+            step = Z_MR.double() - Y_MR.double()
+            Z_MR.copy_(polar_retraction(Y_MR.double(), to_tangent(Y_MR.double(), step)))
+        else:
             return False
-        step = (after_MR.double() - before_MR.double()) * scale
-        after_MR.copy_(polar_retraction(before_MR.double(), to_tangent(before_MR.double(), step)))
-        return True
-    after_MR.addmm_(before_MR, A_RR, beta=scale)
-    root_RR = inverse_root(after_MR.mT @ after_MR)
-    if root_RR is None:
-        after_MR.copy_(polar_retraction(after_MR, torch.zeros_like(after_MR)))
-    else:
-        torch.mm(after_MR, root_RR.to(after_MR.dtype), out=scratch_MR)
-        after_MR.copy_(scratch_MR)
     return True
 
 
-def inverse_root(gram_RR: Tensor) -> Tensor | None:
-    """gram^{-1/2} of a matrix near I by cubic Newton–Schulz rounds; None where it is too far for them."""
-    gram_RR = gram_RR.double()  # R×R work in float64 is free beside the tall products
-    root_RR, rest_RR = None, _minus_identity(gram_RR)
+def polar_coefficients(H_BRR: Tensor, K_BRR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """W and A W with polar(Ỹ + Y A) = Ỹ W + Y (A W), from H = YᵀỸ and K = ỸᵀỸ.
+
+    Returns: both, and (B,), for which matrices they hold: the others' steps are too long, or not finite.
+    """
+    A_BRR = _projection(H_BRR, 1)
+    AH_BRR = A_BRR @ H_BRR
+    rest_BRR = torch.baddbmm(K_BRR, A_BRR, A_BRR).add_(AH_BRR).add_(AH_BRR.mT)
+    rest_BRR.diagonal(dim1=-2, dim2=-1).sub_(1)
+    W_BRR, near_B = inverse_root(rest_BRR)
+    # In a step longer than the manifold is wide, what Y A and Ỹ share would cancel.
+    return W_BRR, A_BRR @ W_BRR, near_B & (A_BRR.abs().amax(dim=(-2, -1)) < 2)
+
+
+def inverse_root(rest_BRR: Tensor) -> tuple[Tensor, Tensor]:
+    """(I + E)^{-1/2} for E near 0, by rounds of Newton–Schulz of fifth order. Returns: it, and (B,), where it holds."""
+    within_B = rest_BRR.flatten(1).norm(dim=1)
+    root_BRR = _series(rest_BRR)
+    if within_B.max() < NEAR:
+        return root_BRR, within_B < NEAR
+    gram_BRR = rest_BRR.double()
+    gram_BRR.diagonal(dim1=-2, dim2=-1).add_(1)
+    root_BRR = root_BRR.double()
+    reachable_B = within_B < REACH
     for _ in range(ROUNDS):
-        distance = rest_RR.norm().item()
-        if not distance < 0.9:
-            return None
-        factor_RR = _cubic(rest_RR)
-        root_RR = factor_RR if root_RR is None else root_RR @ factor_RR
-        if distance < NEAR:
-            return root_RR
-        rest_RR = _minus_identity(root_RR.mT @ gram_RR @ root_RR)
-    return None
+        rest_BRR = root_BRR.mT @ gram_BRR @ root_BRR
+        rest_BRR.diagonal(dim1=-2, dim2=-1).sub_(1)
+        near_B = rest_BRR.flatten(1).norm(dim=1) < NEAR
+        root_BRR = root_BRR @ _series(rest_BRR)
+        if near_B[reachable_B].all():
+            break
+    return root_BRR.to(torch.float32), near_B & reachable_B
+
+
+def gram(A_MR: Tensor) -> Tensor:
+    """AᵀA, summed over blocks of rows: in one go float32 loses a digit on a tall matrix."""
+    M = A_MR.shape[0]
+    if M < 2 * BLOCK or _rows_side_by_side(A_MR) > 1:
+        return inner(A_MR, A_MR)
+    whole = M - M % BLOCK
+    blocks = A_MR[:whole].unflatten(0, (-1, BLOCK))
+    total_RR = torch.bmm(blocks.mT, blocks).sum(0)
+    return total_RR.addmm_(A_MR[whole:].mT, A_MR[whole:]) if whole < M else total_RR
+
+
+def inner(A_MR: Tensor, B_MR: Tensor) -> Tensor:
+    """AᵀB."""
+    rows, rank = _rows_side_by_side(A_MR), A_MR.shape[1]
+    if rows == 1:
+        return A_MR.mT @ B_MR
+    blocks = A_MR.view(-1, rows * rank).mT @ B_MR.view(-1, rows * rank)
+    return blocks.view(rows, rank, rows, rank).diagonal(dim1=0, dim2=2).sum(-1)
+
+
+def add_product_(C_MR: Tensor, A_MR: Tensor, S_RR: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    """C ← beta C + alpha A S."""
+    rows, rank = _rows_side_by_side(A_MR), S_RR.shape[0]
+    if rows == 1:
+        return C_MR.addmm_(A_MR, S_RR, beta=beta, alpha=alpha)
+    spread = S_RR.new_zeros(rows, rank, rows, rank)
+    spread.diagonal(dim1=0, dim2=2).copy_(S_RR[..., None])
+    width = rows * rank
+    C_MR.view(-1, width).addmm_(A_MR.view(-1, width), spread.view(width, width), beta=beta, alpha=alpha)
+    return C_MR
+
+
+def _rows_side_by_side(A_MR: Tensor) -> int:
+    """How many rows of a tall, thin matrix to see as one, so that products are neither slow nor summed in one go."""
+    M, R = A_MR.shape
+    rows = SIDE_BY_SIDE // R
+    return rows if rows > 1 and M >= BLOCK and M % rows == 0 and A_MR.is_contiguous() else 1
 
 
 def convert_gradients_stacked_(Y_BMR: Tensor, G_BMR: Tensor) -> Tensor:
@@ -138,14 +202,11 @@ def _projection(H_RR: Tensor, scale: float) -> Tensor:
     return A_RR
 
 
-def _minus_identity(gram_RR: Tensor) -> Tensor:
-    gram = gram_RR.clone()
-    gram.diagonal().sub_(1)
-    return gram
-
-
-def _cubic(rest_RR: Tensor) -> Tensor:
-    """I − E/2 + 3/8 E², the inverse root of I + E to third order."""
-    factor = torch.addmm(rest_RR, rest_RR, rest_RR, beta=-0.5, alpha=0.375)
-    factor.diagonal().add_(1)
-    return factor
+def _series(rest_BRR: Tensor) -> Tensor:
+    """I − E/2 + 3/8 E² − 5/16 E³ + 35/128 E⁴: the inverse root of I + E but for 63/256 E⁵."""
+    square_BRR = rest_BRR @ rest_BRR
+    inner_BRR = torch.add(square_BRR, rest_BRR, alpha=-8 / 7).mul_(35 / 128)
+    inner_BRR.diagonal(dim1=-2, dim2=-1).add_(3 / 8)
+    series_BRR = torch.baddbmm(rest_BRR, square_BRR, inner_BRR, beta=-0.5)
+    series_BRR.diagonal(dim1=-2, dim2=-1).add_(1)
+    return series_BRR

@@ -87,6 +87,7 @@ def check_layer(layer: StiefelLinear, *, again: bool = False) -> None:
             f"A Stiefel factor of shape {tuple(weight.shape)} is on the meta device: it has no values to step. "
             "Materialise the model first (to_empty and load the weights)."
         )
+    layer.restore_precision()
     if weight.is_inference() or (layer.settled == (id(weight), weight._version) and not again):
         return
     refuse_out_of_reach([layer])

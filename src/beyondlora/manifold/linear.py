@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from .stiefel import RETRACTIONS, distance_to_stiefel, polar_retraction, random_stiefel
 
+PRECISE = (torch.float32, torch.float64)
 ROUNDING = 1e-5  # largest |YᵀY − I| that float32 leaves
 SURELY_NO_ROUNDING = 0.1  # bfloat16 leaves some 1e-3 on factors of any size
 
@@ -62,7 +63,7 @@ class StiefelLinear(nn.Linear):
     ) -> None:
         if retraction not in RETRACTIONS:
             raise ValueError(f"retraction={retraction!r} is unknown; choose one of {sorted(RETRACTIONS)}.")
-        if dtype is not None and dtype not in (torch.float32, torch.float64):
+        if dtype is not None and dtype not in PRECISE:
             raise ValueError(f"dtype={dtype}: a Stiefel factor needs float32 or float64 to stay orthonormal.")
         if dtype is None:  # torch's default dtype may be bfloat16, as while transformers loads a model
             dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
@@ -95,9 +96,27 @@ class StiefelLinear(nn.Linear):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         def keep_precision(tensor: Tensor) -> Tensor:
             converted = fn(tensor)
-            return converted if converted.dtype in (torch.float32, torch.float64) else tensor.to(converted.device)
+            return converted if converted.dtype in PRECISE else tensor.to(converted.device)
 
         return super()._apply(keep_precision, recurse)
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch to training or back; what is about to be trained is in float32 again, whoever rounded it."""
+        if mode:
+            self.restore_precision()
+        return super().train(mode)
+
+    @torch.no_grad()
+    def restore_precision(self) -> None:
+        """Undo ``weight.data = weight.data.to(bfloat16)``, which passes `_apply` by: float32, and on the manifold.
+
+        TRL's SFTTrainer does so to every trainable parameter beside a base in 4 or 8 bits.
+        """
+        if self.weight.dtype in PRECISE or self.weight.is_meta:
+            return
+        self.weight.data = self._on_the_manifold(self.weight.detach())
+        if self.weight.grad is not None:
+            self.weight.grad = self.weight.grad.to(self.weight.dtype)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         loaded = state_dict.get(f"{prefix}weight")

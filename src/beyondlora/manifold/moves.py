@@ -1,7 +1,7 @@
 """One step of some factors: the gradients before it, the factors after it, and the way back where it went wrong.
 
-Which form a factor takes follows from its weight: float32 with the polar retraction is fast, one
-by one on a CPU and stacked on CUDA; everything else (float64, geodesics) is the definition of `stiefel.py`.
+Which form a factor takes follows from its weight: float32 with the polar retraction is fast, in groups on a CPU and
+stacked on CUDA; everything else (float64, geodesics) is the definition of `stiefel.py`.
 Buffers are kept from step to step: in all, the bytes of the factors and a fifth.
 """
 
@@ -49,7 +49,7 @@ class Defined:
     def begin(self) -> bool:
         """See `Move`."""
         self.before.copy_(self.layer.orthonormal)
-        gradient = self.layer.tall(_gradient(self.layer))
+        gradient = self.layer.tall(_gradient(self.layer.weight))
         gradient.copy_(riemannian_gradient(self.before, gradient))
         return bool(torch.isfinite(gradient).all())
 
@@ -70,21 +70,42 @@ class Defined:
         self.layer.orthonormal.copy_(self.before)
 
 
-class Single(Defined):
-    """One float32 factor, fast."""
+class Group:
+    """Float32 factors of one shape and step scale on a CPU, together no larger than what a cache holds.
 
-    def __init__(self, layer: StiefelLinear, scratch: Callable[[Tensor], Tensor]) -> None:
-        super().__init__(layer)
-        self.scratch = scratch(self.before)
+    Its weights and gradients are looked up once a step; `riemannian` makes a new plan when a weight is another one.
+    """
+
+    BYTES = 2**22
+
+    def __init__(self, layers: list[StiefelLinear], scratch: Callable[[Tensor], Tensor]) -> None:
+        self.weights = [layer.weight for layer in layers]  # which the optimizer owns: no model is kept alive
+        self.after = [layer.orthonormal.detach() for layer in layers]
+        self.before = [torch.empty_like(after) for after in self.after]
+        self.scratch = scratch(self.after[0])
+        self.scale = layers[0].step_scale
+        self.is_tall = layers[0].out_features >= layers[0].in_features
 
     def begin(self) -> bool:
         """See `Move`."""
-        self.before.copy_(self.layer.orthonormal)
-        return fast.convert_gradient_(self.before, self.layer.tall(_gradient(self.layer)))
+        totals = []
+        for weight, before, after in zip(self.weights, self.before, self.after, strict=True):
+            before.copy_(after)
+            gradient = _gradient(weight)
+            totals.append(fast.convert_gradient_(before, gradient if self.is_tall else gradient.mT))
+        return bool(torch.isfinite(torch.stack(totals)).all())
 
     def end(self) -> bool:
         """See `Move`."""
-        return fast.retract_(self.before, self.layer.orthonormal.detach(), self.layer.step_scale, self.scratch)
+        return fast.retract_(self.before, self.after, self.scale, self.scratch)
+
+    def is_still(self) -> bool:
+        """See `Move`."""
+        return all(torch.equal(after, before) for after, before in zip(self.after, self.before, strict=True))
+
+    def undo(self) -> None:
+        """See `Move`."""
+        torch._foreach_copy_(self.after, self.before)
 
 
 class Stack:
@@ -114,7 +135,7 @@ class Stack:
         tall = self.layers[0].tall
         torch._foreach_copy_(list(self.before), [layer.weight.detach() for layer in self.layers])
         for part, stack in self._shares():
-            gradients = [_gradient(layer) for layer in self.layers[part]]
+            gradients = [_gradient(layer.weight) for layer in self.layers[part]]
             torch._foreach_copy_(list(stack), gradients)
             self.finite[part] = fast.convert_gradients_stacked_(tall(self.before[part]), tall(stack))
             torch._foreach_copy_(gradients, list(stack))
@@ -148,30 +169,34 @@ class Stack:
 
 def plan(layers: list[StiefelLinear]) -> list[Move]:
     """The moves that step these factors."""
-    scratches: dict[tuple[object, ...], Tensor] = {}
+    quick = sorted(filter(_is_fast, layers), key=_kind)
+    largest = max((layer.weight.numel() for layer in quick), default=0)
+    flat: dict[torch.device, Tensor] = {}
 
     def scratch(like: Tensor) -> Tensor:
-        return scratches.setdefault((like.shape, like.stride(), like.device), torch.empty_like(like))
+        """One for all groups of a device, seen in the shape and the order of this one."""
+        device = like.device
+        flat.setdefault(device, torch.empty(largest, device=device))
+        return flat[device].as_strided(like.shape, like.stride())
 
-    moves: list[Move] = []
-    stacked = [layer for layer in layers if _is_fast(layer) and layer.weight.device.type == "cuda"]
-    for _, group in itertools.groupby(sorted(stacked, key=_kind), key=_kind):
-        moves.append(Stack(list(group)))
-    for layer in layers:
-        if not _is_fast(layer) or layer.weight.device.type not in ("cpu", "cuda"):
-            moves.append(Defined(layer))
-        elif layer.weight.device.type == "cpu":
-            moves.append(Single(layer, scratch))
+    moves: list[Move] = [Defined(layer) for layer in layers if not _is_fast(layer)]
+    for (_, device, _), kind in itertools.groupby(quick, key=_kind):
+        alike = list(kind)
+        if device == "cpu":
+            size = max(1, Group.BYTES // alike[0].weight.nbytes)
+            moves += [Group(alike[i : i + size], scratch) for i in range(0, len(alike), size)]
+        else:
+            moves.append(Stack(alike))
     return moves
 
 
 def _is_fast(layer: StiefelLinear) -> bool:
     weight = layer.weight
-    return weight.dtype == torch.float32 and layer.retraction == "polar"
+    return weight.dtype == torch.float32 and layer.retraction == "polar" and weight.device.type in ("cpu", "cuda")
 
 
-def _kind(layer: StiefelLinear) -> tuple[object, ...]:
-    return (tuple(layer.weight.shape), str(layer.weight.device), layer.step_scale)
+def _kind(layer: StiefelLinear) -> tuple[tuple[int, ...], str, float]:
+    return tuple(layer.weight.shape), str(layer.weight.device), layer.step_scale
 
 
 def _alive(reference: "weakref.ref[StiefelLinear]") -> StiefelLinear:
@@ -181,8 +206,8 @@ def _alive(reference: "weakref.ref[StiefelLinear]") -> StiefelLinear:
     return layer
 
 
-def _gradient(layer: StiefelLinear) -> Tensor:
-    gradient = layer.weight.grad
+def _gradient(weight: Tensor) -> Tensor:
+    gradient = weight.grad
     if gradient is None:
         raise RuntimeError("A Stiefel factor lost its gradient while its optimizer stepped.")
     return gradient

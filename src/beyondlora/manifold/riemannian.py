@@ -130,7 +130,7 @@ def _begin(optimizer: Optimizer, layers: list[StiefelLinear]) -> None:
 
 def _moves(optimizer: Optimizer, layers: list[StiefelLinear]) -> list[Move]:
     """The moves for these layers: those of the last step where the weights are the same, buffers and all."""
-    weights = [(id(layer), layer.weight.data_ptr(), layer.weight.dtype) for layer in layers]
+    weights = [(id(layer.weight), layer.weight.data_ptr(), layer.weight.dtype) for layer in layers]
     known = _plans.get(optimizer)
     if known is None or known.weights != weights:
         sharded = [layer for layer in layers if isinstance(layer.weight, DTensor)]

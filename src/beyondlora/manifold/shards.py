@@ -39,7 +39,7 @@ class Shards:
         """See `Move`. Factors that have left the manifold are brought back or refused here, for all processes alike."""
         layers = self.layers
         Ys = [_rows(layer, layer.weight) for layer in layers]
-        Gs = [_rows(layer, _gradient(layer)) for layer in layers]
+        Gs = [_rows(layer, _gradient(layer.weight)) for layer in layers]
         sums = self._sum([Y_MR.mT @ Y_MR for Y_MR in Ys] + [G_MR.mT @ Y_MR for Y_MR, G_MR in zip(Ys, Gs, strict=True)])
         grams_KRR, products_KRR = sums.chunk(2)
         off_K = (grams_KRR - _eye_like(grams_KRR)).abs().amax(dim=(-2, -1)).tolist()
@@ -51,7 +51,7 @@ class Shards:
                 _put(layer, layer.weight, Ys[number])
         self.before = Ys
         for layer, Y_MR, G_MR, product_RR in zip(layers, Ys, Gs, products_KRR, strict=True):
-            _put(layer, _gradient(layer), G_MR - Y_MR @ product_RR)
+            _put(layer, _gradient(layer.weight), G_MR - Y_MR @ product_RR)
         return bool(torch.isfinite(products_KRR).all())  # nan and infinity survive every product and sum
 
     def end(self) -> bool:

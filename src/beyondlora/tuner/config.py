@@ -116,18 +116,26 @@ class AdapterConfig(PeftConfig):
         self._check_choice("init_lora_weights", self.init_lora_weights, self.starts())
         self._check_method()
 
+    @property
+    def merge_refusal(self) -> str | None:
+        """Why an adapter of this config beside a linear layer is no weight update; None where it is one."""
+        return self._weightless_adapter().merge_refusal
+
     def starts(self) -> tuple[bool | str, ...]:
         """The values that `init_lora_weights` takes."""
         return (True, False)
 
     def _check_method(self) -> None:
-        """Let the maths check the method's own fields, on an adapter without memory."""
-        spec = LayerSpec(1, 1, 1, 1.0, None, lambda: torch.empty(1, 1, device="meta"))
+        """Let the maths check the method's own fields."""
         try:
-            with torch.device("meta"):
-                self.make_adapter(spec)
+            self._weightless_adapter()
         except ValueError as error:
             self._refuse(str(error))
+
+    def _weightless_adapter(self) -> Adapter:
+        """An adapter beside a linear layer of one number, without memory."""
+        with torch.device("meta"):
+            return self.make_adapter(LayerSpec(1, 1, 1, 1.0, None, lambda: torch.empty(1, 1, device="meta")))
 
     def _check_choice(self, name: str, value: object, choices: tuple[bool | str, ...]) -> None:
         if not any(value is choice or (isinstance(choice, str) and value == choice) for choice in choices):

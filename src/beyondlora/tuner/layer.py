@@ -18,6 +18,7 @@ from ..adapters.adapter import Adapter
 from ..adapters.fused import has_hooks
 from .base_layers import as_matrix, as_weight, matrix_shape
 from .mixed_batch import check_rows, rows_by_adapter
+from .packing import refuse_packed
 
 
 class AdapterLayer(nn.Module, BaseTunerLayer):
@@ -64,6 +65,12 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         getattr(self, f"{self.prefix}dropout")[name] = adapter.dropout
         self._move_adapter_to_device_of_base_layer(name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def get_base_weight(self) -> Tensor:
+        """The base layer's weight, dequantised where need be."""
+        refuse_packed(self.get_base_layer())
+        weight: Tensor = super().get_base_weight()
+        return weight
 
     def weight_matrix(self) -> Tensor:
         """The base weight W0 as (out, in), dequantised where need be."""
@@ -132,7 +139,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
                 raise ValueError(self.adapters[name].merge_refusal)
 
     def unmerge(self) -> None:
-        """Put the base weight back, bit for bit as it was before the first merge."""
+        """Put the base weight back as it was before the first merge, bit for bit where it is not quantised."""
         if self._weight_before_merge is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return

@@ -18,6 +18,7 @@ from .combine import check_combination, combine, combined_config
 from .config import AdapterConfig, LayerSpec
 from .layer import AdapterLayer
 from .mixed_batch import check_names, handing_out
+from .packing import keep_unpacked
 
 
 class AdapterModel(BaseTuner):
@@ -43,6 +44,7 @@ class AdapterModel(BaseTuner):
         ]
         if problems:
             raise ValueError(_joined(problems))
+        keep_unpacked(model)
 
     def _targets(self, peft_config: AdapterConfig, model: nn.Module) -> dict[str, nn.Module]:
         tuner_layers = tuple(name + "." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
