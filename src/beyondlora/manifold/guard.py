@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from .linear import StiefelLinear, live_stiefel_layers
+from .moves import refused_steps
 from .stiefel import distance_to_stiefel, polar_retraction
 
 ROUNDED = 5e-6  # what float32 leaves
@@ -99,6 +100,7 @@ def check_layer(layer: StiefelLinear, *, again: bool = False) -> None:
 
 def check_manifold(model: nn.Module) -> None:
     """`check_layer` for every Stiefel factor of a model that has values, whether it is known to have moved or not."""
+    _say_what_was_refused()
     for module in model.modules():
         if isinstance(module, StiefelLinear) and not module.weight.is_meta:
             check_layer(module, again=True)
@@ -110,12 +112,44 @@ def check_state(model: nn.Module, state: dict[str, Any]) -> None:
 
     What half precision has rounded is left: it is put back when it is loaded.
     """
+    _say_what_was_refused()
     for name, module in model.named_modules():
         saved = state.get(f"{name}.weight")
         if not isinstance(module, StiefelLinear) or not isinstance(saved, Tensor) or isinstance(saved, DTensor):
             continue
         if saved.dtype in (torch.float32, torch.float64) and not saved.is_meta:
             _bring_back(module, module.tall(saved.detach()))
+
+
+def _say_what_was_refused() -> None:
+    count = refused_steps()
+    if count:
+        warnings.warn(
+            f"{count} steps of single Stiefel factors were refused since the last save, and the factors stayed where "
+            "they were: their gradients or steps were nan, infinite or absurdly large. Try a lower learning rate or "
+            "gradient clipping.",
+            stacklevel=4,
+        )
+
+
+def warn_of_used_gradients(gradients: list[Tensor]) -> None:
+    """Warn of gradients that a step has converted already.
+
+    The conversion works in place, so a second optimizer that owns the factor, or a second step without a backward pass,
+    would convert it twice: what turns the factor within its subspace counts double then.
+    """
+    used = [
+        gradient
+        for gradient in gradients
+        if getattr(gradient, "_used_at_version", None) == gradient._version and not isinstance(gradient, DTensor)
+    ]  # a DTensor's counter stands still when its shards are written
+    if used:
+        warnings.warn(
+            f"{len(used)} Stiefel factors are stepped on gradients that a step has used before: by a second optimizer "
+            "that owns them too, or without a backward pass in between. Such gradients have been converted already, "
+            "and parts of them count double. Give a factor to one optimizer; zero_grad and backward before each step.",
+            stacklevel=4,
+        )
 
 
 def _bring_back(layer: StiefelLinear, Y_MR: Tensor) -> None:
