@@ -111,6 +111,7 @@ def worker(rank: int, port: int, folder: Path) -> None:
     found["collectives"] = collectives(net, optimizer)
     found["off"] = off(net, optimizer, rank)
     found["poison"] = poisoned(net, optimizer, rank)
+    found["skipped"] = poisoned(net, Skipping(net.parameters(), 0.1), rank)
     found["resumed"] = resumed(folder, rank)
     torch.save(found, folder / f"{rank}.pt")
     distributed.destroy_process_group()
@@ -140,6 +141,13 @@ def off(net: nn.Module, optimizer: torch.optim.Optimizer, rank: int) -> list[str
     return said
 
 
+class Skipping(torch.optim.SGD):
+    """As a fused optimizer that a gradient scaler tells of an infinite gradient."""
+
+    def step(self, closure: Any = None) -> None:
+        pass
+
+
 def poisoned(net: nn.Module, optimizer: torch.optim.Optimizer, rank: int) -> tuple[str, bool]:
     """What a nan in the gradient's rows of one process does."""
     before = {name: weight.full_tensor() for name, weight in net.named_parameters()}
@@ -147,11 +155,13 @@ def poisoned(net: nn.Module, optimizer: torch.optim.Optimizer, rank: int) -> tup
         net[0].up.weight.grad.detach().to_local()[0, 0] = float("nan")
     try:
         optimizer.step()
+        message = ""
     except FloatingPointError as error:
-        factors = (name for name in before if "core" not in name)
-        now = dict(net.named_parameters())
-        return str(error), all(torch.equal(now[name].full_tensor(), before[name]) for name in factors)
-    return "", False
+        message = str(error)
+    factors = (name for name in before if "core" not in name)
+    now = dict(net.named_parameters())
+    same = [torch.equal(now[name].full_tensor(), before[name]) for name in factors]  # every process gathers every one
+    return message, all(same)
 
 
 def resumed(folder: Path, rank: int) -> Weights:
@@ -257,6 +267,7 @@ def test_a_nan_of_one_process_is_refused_by_both_and_the_factors_stay(found: Any
         message, stayed = process["poison"]
         assert "SGD made Stiefel factors nan or infinite" in message
         assert stayed
+        assert process["skipped"] == ("", True)
 
 
 def test_checkpoints_go_from_one_process_to_two_and_from_two_to_one(folder: Path, found: Any) -> None:
