@@ -1,6 +1,6 @@
 """How often does a verdict of `compare` find a difference that is not there, and one that is?
 
-    python benchmarks/verdict_error_rate.py            # about 10 minutes on one quiet core; a Markdown table
+    python benchmarks/verdict_error_rate.py            # about 2 minutes on one quiet core; a Markdown table
 
 Simulated grids whose truth is known. Rows differ in difficulty for all methods (standard deviation 1), each method has
 rows it finds easier (0.7), each training is a little better or worse than its method (the seed spread), with a little

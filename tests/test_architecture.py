@@ -13,6 +13,8 @@ PACKAGE = ROOT / "src" / "beyondlora"
 LEVELS = {
     "manifold": 1,
     "workers": 1,
+    "measure": 1,
+    "figures": 2,
     "adapters": 2,
     "tuner": 3,
     "attach": 4,
@@ -27,7 +29,7 @@ LEVELS = {
     "cli": 9,
     "__main__": 10,
 }
-LEAVES = {"targets", "recipe", "models", "data", "measure", "interrupts", "progress", "curves", "run_folder"}
+LEAVES = {"targets", "recipe", "models", "data", "interrupts", "progress", "curves", "run_folder", "processes"}
 HELPERS = {"recorder": "train"}  # parts of a room that stand beside it
 METHOD_HOMES = {"adapters/cera.py", "adapters/aurora.py", "adapters/stella.py", "adapters/__init__.py"}
 METHOD_HOMES |= {"tuner/methods.py", "__init__.py"}

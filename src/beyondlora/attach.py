@@ -1,8 +1,11 @@
 """Adapters onto models: by a recipe's block, or from a folder; strict in both directions.
 
 >>> model = attach(base, config_from(recipe), recipe)
->>> save_adapter(model, folder)
->>> model = load_adapter(folder, base)      # every tensor must be there, and fit
+>>> save_trained(model, folder)
+>>> model = load_trained(folder, base)      # every tensor must be there, and fit
+
+Full fine-tuning is a method like the others, `peft_type: FULL`, with nothing attached: what is trained, saved and
+loaded is then the base model itself, a `PreTrainedModel` where the others are a `PeftModel`.
 """
 
 import dataclasses
@@ -11,6 +14,7 @@ import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,9 @@ from peft.utils import load_peft_weights
 from .recipe import Recipe
 from .run_folder import replacing
 
+Trained = PeftModel | transformers.PreTrainedModel
+FULL = "FULL"
+
 PEFT_TASKS = {
     "causal-lm": "CAUSAL_LM",
     "sequence-classification": "SEQ_CLS",
@@ -34,15 +41,19 @@ PEFT_TASKS = {
 # --- from a recipe ---------------------------------------------------------------------------------------------------
 
 
-def config_from(recipe: Recipe) -> PeftConfig:
+@dataclass
+class FullFineTuning:
+    """Every weight of the base model is trained, and nothing attached. It has no settings of its own."""
+
+    task_type: str | None = None
+    inference_mode: bool = False
+
+
+def config_from(recipe: Recipe) -> PeftConfig | FullFineTuning:
     """Turn a recipe's adapter block into a PEFT config. Raises: ValueError."""
     settings = dict(recipe.adapter)
     name = settings.pop("peft_type")
-    config_class = PEFT_TYPE_TO_CONFIG_MAPPING.get(name)
-    if config_class is None:
-        near = _nearest(name, peft_types())
-        raise ValueError(f"adapter: peft_type {name!r} is unknown{near}; the known ones are {', '.join(peft_types())}.")
-    known = [field.name for field in dataclasses.fields(config_class) if field.init]
+    known = keys_of(name)
     for key in settings:
         if key not in known:
             near = _nearest(key, known)
@@ -54,10 +65,26 @@ def config_from(recipe: Recipe) -> PeftConfig:
             "leave task_type out, it follows from the task."
         )
     try:
-        config: PeftConfig = config_class(**settings | {"task_type": task_type, "inference_mode": False})
+        fixed = {"task_type": task_type, "inference_mode": False}
+        config: PeftConfig | FullFineTuning = _config_classes()[name](**settings | fixed)
     except (TypeError, ValueError) as error:
         raise ValueError(f"adapter: {error}") from error
     return config
+
+
+def keys_of(peft_type: str) -> list[str]:
+    """The keys that a method's adapter block may have. Raises: ValueError for an unknown method."""
+    known = [*peft_types(), FULL]
+    if peft_type not in known:
+        near = _nearest(peft_type, known)
+        raise ValueError(f"adapter: peft_type {peft_type!r} is unknown{near}; the known ones are {', '.join(known)}.")
+    return [field.name for field in dataclasses.fields(_config_classes()[peft_type]) if field.init]
+
+
+def _config_classes() -> dict[str, Any]:
+    return {str(getattr(name, "value", name)): kind for name, kind in PEFT_TYPE_TO_CONFIG_MAPPING.items()} | {
+        FULL: FullFineTuning
+    }
 
 
 def peft_types() -> list[str]:
@@ -71,8 +98,13 @@ def _nearest(name: str, known: list[str]) -> str:
     return f", did you mean {spelled[near[0]]!r}?" if near else ""
 
 
-def attach(base: Any, config: Any, recipe: Recipe) -> PeftModel:
-    """Put a new adapter on a base model; a head that PEFT does not know as one is trained and saved with it."""
+def attach(base: Any, config: Any, recipe: Recipe) -> Trained:
+    """Put a new adapter on a base model; a head that PEFT does not know as one is trained and saved with it.
+
+    Full fine-tuning attaches nothing: it is the base model that is returned. Raises: ValueError.
+    """
+    if isinstance(config, FullFineTuning):
+        return base
     if recipe.task == "image-classification" and getattr(config, "modules_to_save", None) is None:
         config.modules_to_save = [name for name, _ in base.named_children() if name != base.base_model_prefix]
     if recipe.gradient_checkpointing:
@@ -85,10 +117,44 @@ def attach(base: Any, config: Any, recipe: Recipe) -> PeftModel:
     return model
 
 
+def count_parameters(model: Trained) -> tuple[int, int]:
+    """(trainable, all) parameters."""
+    if isinstance(model, PeftModel):  # which knows how many a packed 4-bit weight stands for
+        trainable, total = model.get_nb_trainable_parameters()
+        return trainable, total
+    return model.num_parameters(only_trainable=True), model.num_parameters()
+
+
 # --- from a folder and into one --------------------------------------------------------------------------------------
 
 
-def load_adapter(folder: Path, base: torch.nn.Module) -> PeftModel:
+def load_trained(folder: Path, base: Any) -> Trained:
+    """What a folder holds, for inference: its adapter on the base model, or the base model with its trained weights.
+
+    Raises: FileNotFoundError, ValueError.
+    """
+    if not holds_model(folder):
+        return _load_adapter(folder, base)
+    load_weights(base, folder)
+    model: transformers.PreTrainedModel = base.eval()
+    return model
+
+
+def holds_model(folder: Path) -> bool:
+    """Whether a folder holds a whole model, without an adapter beside it."""
+    return (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file()
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that holds neither a whole model nor an adapter of a known method.
+
+    Raises: FileNotFoundError, ValueError.
+    """
+    if not holds_model(folder):
+        config_in(folder)
+
+
+def _load_adapter(folder: Path, base: torch.nn.Module) -> PeftModel:
     """Attach the adapter in a folder to its base model, for inference.
 
     PEFT itself leaves a missing tensor at its initial value and says nothing; for most methods that means zero.
@@ -134,8 +200,11 @@ def config_content(folder: Path) -> dict[str, Any]:
     return content
 
 
-def load_weights(model: PeftModel, folder: Path) -> None:
-    """Load an adapter's tensors into a model that has the adapter already. Raises: FileNotFoundError, ValueError."""
+def load_weights(model: Trained, folder: Path) -> None:
+    """Load the tensors of a folder into a model of its form. Raises: FileNotFoundError, ValueError."""
+    if not isinstance(model, PeftModel):
+        _load_model(model, folder)
+        return
     if not any((folder / name).is_file() for name in ("adapter_model.safetensors", "adapter_model.bin")):
         raise FileNotFoundError(f"{folder} holds no adapter_model.safetensors: the adapter has no weights.")
     try:
@@ -144,6 +213,23 @@ def load_weights(model: PeftModel, folder: Path) -> None:
         raise ValueError(f"The weights in {folder} are damaged: {error}") from error
     check_tensors(folder, get_peft_model_state_dict(model, save_embedding_layers=False), found)
     set_peft_model_state_dict(model, found)
+
+
+def _load_model(model: transformers.PreTrainedModel, folder: Path) -> None:
+    """Load a whole model's tensors; none may be missing or of another shape."""
+    try:
+        with quiet():
+            form: Any = type(model)
+            found, report = form.from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
+    except Exception as error:  # safetensors and pickle raise types of their own
+        raise ValueError(f"The weights in {folder} are missing, damaged or of another model: {error}") from error
+    lacking = sorted(report["missing_keys"])
+    if lacking:
+        raise ValueError(
+            f"The weights in {folder} do not belong to this model: {len(lacking)} missing ({lacking[0]}, ...)"
+        )
+    check_tensors(folder, model.state_dict(), found.state_dict())
+    model.load_state_dict(found.state_dict())
 
 
 def check_tensors(folder: Path, expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> None:
@@ -164,20 +250,25 @@ def check_tensors(folder: Path, expected: dict[str, torch.Tensor], found: dict[s
             )
 
 
-def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Write an adapter folder in PEFT's format, atomically."""
-    with replacing(folder) as partial:
+def save_trained(model: Trained, folder: Path, processor: Any) -> None:
+    """Write an adapter folder in PEFT's format, or a model folder with its processor; atomically."""
+    with replacing(folder) as partial, quiet():
         model.save_pretrained(str(partial))
+        if not isinstance(model, PeftModel):
+            processor.save_pretrained(str(partial))
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep off the screen what libraries tell each other: advice, log lines, deprecations between them."""
-    before = transformers.logging.get_verbosity()
+    """Keep off the screen what libraries tell each other: advice, log lines, bars, deprecations between them."""
+    before, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:
         transformers.logging.set_verbosity(before)
+        if bars:
+            transformers.logging.enable_progress_bar()

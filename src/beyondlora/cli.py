@@ -99,9 +99,12 @@ def evaluate(
         Path | None, typer.Option(help="How to read the data, for an adapter that belongs to no run.")
     ] = None,
     set_: Overrides = None,
+    keep: Annotated[
+        Path | None, typer.Option(help="A file (JSON lines) for what was asked, chosen and written, where metrics ask.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Measure an adapter: loss, perplexity, accuracy, correlations, each with its standard error."""
+    """Measure an adapter: loss, perplexity, accuracy, correlations, what the recipe's metrics ask; with errors."""
     with _explained():
         source = recipe or RunFolder(target).recipe
         if set_ and not source.exists():
@@ -111,7 +114,9 @@ def evaluate(
 
         progress = _progress()
         with _bar(progress) as on_batch:
-            result = evaluation.evaluate(target, data=data, recipe=loaded, merged=merged, on_batch=on_batch)
+            result = evaluation.evaluate(target, data=data, recipe=loaded, merged=merged, on_batch=on_batch, keep=keep)
+        if not _is_first_process():
+            return
         if as_json:
             typer.echo(json.dumps(result, indent=2))
         else:
@@ -376,17 +381,10 @@ def _resumable(recipe: Recipe) -> Iterator[None]:
 @contextmanager
 def _bar(progress: "Progress", what: str = "evaluating") -> Iterator[Any]:
     """A bar that is begun by the first call, when the number of rows is known."""
-    begun = False
-
-    def on_batch(done: int, rows: int) -> None:
-        nonlocal begun
-        if not begun:
-            progress.begin(what, rows)
-            begun = True
-        progress.advance(done)
+    from .progress import in_stretches
 
     try:
-        yield on_batch
+        yield in_stretches(progress, what)
     finally:
         progress.end()
 
@@ -461,11 +459,12 @@ def _show_analysis(result: dict[str, Any]) -> None:
 
 
 def _show_subspaces(console: Console, pairs: list[dict[str, Any]]) -> None:
-    table = Table(title="Leading output directions: overlap (mean cos² of the principal angles)", title_justify="left")
-    for heading in ("adapters", "overlap", "by chance"):
+    table = Table(title="Leading directions: overlap (mean cos² of the principal angles)", title_justify="left")
+    keys = {"outputs": "overlap", "by chance": "chance", "inputs": "input_overlap", "by chance ": "input_chance"}
+    for heading in ("adapters", *keys):
         table.add_column(heading, justify="left" if heading == "adapters" else "right")
     for pair in pairs:
-        numbers = ("" if pair[key] is None else f"{pair[key]:.2f}" for key in ("overlap", "chance"))
+        numbers = ("" if pair[key] is None else f"{pair[key]:.2f}" for key in keys.values())
         table.add_row(f"{pair['a']} and {pair['b']}", *numbers)
     console.print(table)
 

@@ -1,4 +1,4 @@
-"""Measure what a folder holds: a run's best adapter, or any PEFT adapter, loaded strictly.
+"""Measure what a folder holds: a run's best adapter, any PEFT adapter, or a fine-tuned model, loaded strictly.
 
 >>> evaluate(Path("runs/shakespeare"))["metrics"]["perplexity"]
 {"value": 9.1, "stderr": 0.2, "n": 218}
@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from peft import PeftModel
 
 from . import data as data_module
 from . import models
-from .attach import config_in, load_adapter
-from .measure import Outcomes, as_dict, measure
+from .attach import Trained, check_folder, config_in, holds_model, load_trained
+from .figures import Examination, check_extras
+from .measure import Outcomes, as_dict
 from .recipe import Recipe
 from .run_folder import RunFolder
 
@@ -33,8 +35,9 @@ def evaluate(
     merged: bool = False,
     on_batch: Callable[[int, int], None] | None = None,
     on_outcomes: Callable[[Outcomes], None] | None = None,
+    keep: Path | None = None,
 ) -> dict[str, Any]:
-    """Measure a run's best adapter, or any adapter folder.
+    """Measure a run's best adapter, or any adapter folder. Several processes share the rows out.
 
     Args:
         target: a run folder or an adapter folder.
@@ -42,26 +45,23 @@ def evaluate(
         recipe: how to read the data; None = the run's own.
         batch_size: None = the recipe's.
         merged: fold the adapter into the base first; for methods whose merge is an approximation this measures it.
-        on_batch, on_outcomes: see `measure`.
+        on_batch, on_outcomes, keep: see `Examination.measure`.
 
     Returns: a mapping with "metrics" ({name: {value, stderr, n}}) and what they were measured on.
     Raises: FileNotFoundError, ValueError.
     """
     started = time.monotonic()
+    main = PartialState(cpu=device().type == "cpu").is_main_process  # and several processes find each other
     opened = open_target(target, data=data, recipe=recipe)
     recipe, evaluation = opened.recipe, opened.rows()
-    model = opened.load()
-    network: torch.nn.Module = _merge(model) if merged else model
-    network.to(device())
-    scores = measure(
-        network,
-        evaluation.rows,
-        evaluation.collator,
-        task=recipe.task,
-        batch_size=batch_size or recipe.per_device_eval_batch_size,
-        bf16=recipe.bf16,
-        on_batch=on_batch,
-        on_outcomes=on_outcomes,
+    check_extras(recipe)
+    examination = Examination.of(recipe, opened.processor, evaluation)
+    base = opened.base()
+    examination = examination.begun_with(base, device())
+    model = opened.load(base)
+    network: Any = (_merge(model) if merged else model).to(device())
+    scores = examination.measure(
+        network, batch_size=batch_size, on_batch=on_batch, on_outcomes=on_outcomes, keep=keep if main else None
     )
     return {
         "adapter": str(opened.folder),
@@ -90,9 +90,13 @@ class Opened:
     data: str | None
     measurable: bool
 
-    def load(self) -> PeftModel:
-        """The adapter on its base model, in evaluation mode, on the CPU."""
-        return load_adapter(self.folder, load_base(self.recipe, self.processor, self.label_names))
+    def base(self) -> Any:
+        """The base model, on the CPU."""
+        return load_base(self.recipe, self.processor, self.label_names)
+
+    def load(self, base: Any = None) -> Trained:
+        """What the folder holds, on its base model (loaded anew if not given), in evaluation mode."""
+        return load_trained(self.folder, self.base() if base is None else base)
 
     def rows(self, data: str | None = None, **changes: Any) -> data_module.Evaluation:
         """Model-ready rows: of `data` or else of what was opened to measure on, by the recipe with some changes."""
@@ -115,7 +119,7 @@ def open_target(
     Raises: FileNotFoundError, ValueError.
     """
     folder, run = locate(target)
-    config_in(folder)  # before anything that takes long
+    check_folder(folder)  # before anything that takes long
     measurable = not (recipe is None and run is None and data is None)
     recipe = recipe or _recipe_of(folder, run, data if measurable or needs_rows else "(none)")
     processor = models.load_processor(recipe.model_name_or_path, task=recipe.task, image_size=recipe.image_size)
@@ -154,9 +158,9 @@ def locate(target: Path) -> tuple[Path, RunFolder | None]:
 def _recipe_of(folder: Path, run: RunFolder | None, data: str | None) -> Recipe:
     if run is not None:
         return Recipe.load(run.recipe)
-    config = config_in(folder)
-    task = TASK_OF_TYPE.get(str(getattr(config.task_type, "value", config.task_type)))
-    if task is None or data is None or not config.base_model_name_or_path:
+    config = None if holds_model(folder) else config_in(folder)
+    task = TASK_OF_TYPE.get(str(getattr(config.task_type, "value", config.task_type))) if config else None
+    if config is None or task is None or data is None or not config.base_model_name_or_path:
         raise ValueError(
             f"{folder} does not belong to a run, so nothing says how to evaluate it: name the rows with --data and, "
             "for anything but plain text for a causal language model, how to read them with --recipe."
@@ -179,7 +183,9 @@ def _label_names(recipe: Recipe, run: RunFolder | None) -> list[str] | None:
     return data_module.read_splits(recipe).label_names
 
 
-def _merge(model: PeftModel) -> torch.nn.Module:
+def _merge(model: Trained) -> torch.nn.Module:
+    if not isinstance(model, PeftModel):
+        raise ValueError("This is a whole model: it has no adapter that could be merged into it. Leave --merged out.")
     try:
         merged: torch.nn.Module = model.merge_and_unload()
     except (AttributeError, NotImplementedError) as error:  # what PEFT raises for its own methods

@@ -1,7 +1,8 @@
 """How good a model is, with standard errors: the one evaluator, during training and after it.
 
 `measure` looks at every row by itself and only then averages, so a figure does not depend on the batch size (beyond
-float rounding), and its standard error treats rows, not tokens, as the independent draws.
+float rounding), and its standard error treats rows, not tokens, as the independent draws. Several processes share the
+rows out, and each of them gets the figures of all.
 """
 
 import math
@@ -15,7 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
+
+from . import processes
 
 VERSION = 1  # changes whenever a figure's definition does: figures of two versions do not stand in one table
 RESAMPLES = 400  # of the bootstrap; its own error on a standard error is then about 4 %
@@ -63,13 +66,13 @@ def measure(
         causal-lm: loss (nats a token), perplexity. Classification: loss, accuracy, matthews, f1_macro.
         Regression: loss (= mean squared error), pearson, spearman.
     """
-    batches = _batches(model, rows, collator, batch_size, bf16, on_batch)
     told = on_outcomes or (lambda outcomes: None)
     if task == "causal-lm":
-        nll, tokens = _concatenate(map(_token_losses, batches))
+        nll, tokens = row_losses(model, rows, collator, batch_size=batch_size, bf16=bf16, on_batch=on_batch)
         told({"nll": nll.numpy(), "tokens": tokens.numpy()})
         return _language_scores(nll, tokens)
-    logits, labels = _concatenate((batch_logits.float(), batch_labels) for batch_logits, batch_labels in batches)
+    batches = _batches(model, rows, collator, batch_size, bf16, on_batch)
+    logits, labels = _gathered(((batch_logits.float(), batch_labels) for batch_logits, batch_labels in batches), rows)
     if task == "sequence-regression":
         predicted, true = logits.squeeze(-1).double().numpy(), labels.double().numpy()
         told({"predicted": predicted, "label": true})
@@ -81,6 +84,19 @@ def measure(
     return _classification_scores(logits.double(), labels.long(), resample)
 
 
+def row_losses(
+    model: torch.nn.Module,
+    rows: Any,
+    collator: Callable[..., Any],
+    *,
+    batch_size: int = 8,
+    bf16: bool = False,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The (summed loss in nats, number of scored tokens) of each row under a causal language model."""
+    return _gathered(map(_token_losses, _batches(model, rows, collator, batch_size, bf16, on_batch)), rows)
+
+
 def _batches(
     model: torch.nn.Module,
     rows: Any,
@@ -89,25 +105,27 @@ def _batches(
     bf16: bool,
     on_batch: Callable[[int, int], None] | None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield the (logits, labels) of each batch."""
+    """Yield the (logits, labels) of each batch of this process's rows."""
     device = next(model.parameters()).device
+    mine: Any = Subset(rows, processes.share(len(rows)))
     # A loader draws a seed for its workers from the global generator unless it has its own.
     loader: DataLoader[Any] = DataLoader(
-        rows, batch_size=batch_size, collate_fn=collator, generator=torch.Generator().manual_seed(0)
+        mine, batch_size=batch_size, collate_fn=collator, generator=torch.Generator().manual_seed(0)
     )
     done = 0
-    with _inference(model), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+    with inference(model), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         for batch in loader:
             inputs = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
             labels = inputs.pop("labels")
             yield model(**inputs).logits, labels
             done += len(labels)
             if on_batch:
-                on_batch(done, len(rows))
+                on_batch(done, len(mine))
 
 
 @contextmanager
-def _inference(model: torch.nn.Module) -> Iterator[None]:
+def inference(model: torch.nn.Module) -> Iterator[None]:
+    """Neither dropout nor gradients; the model's mode is put back."""
     training = model.training
     model.eval()
     try:
@@ -126,25 +144,31 @@ def _token_losses(batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tenso
     return nll.double().sum(dim=1), (targets != -100).sum(dim=1)
 
 
-def _concatenate(pairs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    first, second = zip(*pairs, strict=True)
-    return torch.cat([tensor.cpu() for tensor in first]), torch.cat([tensor.cpu() for tensor in second])
+def _gathered(pairs: Any, rows: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pairs of tensors a batch, as two tensors over all rows, those of the other processes included."""
+    first, second = (torch.cat([part.cpu() for part in parts]) for parts in zip(*pairs, strict=True))
+    return processes.gathered(first, len(rows)), processes.gathered(second, len(rows))
 
 
-def _language_scores(nll: torch.Tensor, tokens: torch.Tensor) -> Measurements:
-    """Loss = Σ nll / Σ tokens, a ratio of two sums over rows; its error by linearisation (Taylor), rows as clusters."""
-    nll, tokens = nll[tokens > 0], tokens[tokens > 0].double()
+def per_token(sums: torch.Tensor, tokens: torch.Tensor) -> Measurement:
+    """Σ sums / Σ tokens, a ratio of two sums over rows; its error by linearisation (Taylor), rows as clusters."""
+    sums, tokens = sums[tokens > 0], tokens[tokens > 0].double()
     count = len(tokens)
-    loss = (nll.sum() / tokens.sum()).item()
-    residuals = nll - loss * tokens
+    value = (sums.sum() / tokens.sum()).item()
+    residuals = sums - value * tokens
     stderr = (
         math.sqrt(count / (count - 1) * residuals.square().sum().item()) / tokens.sum().item() if count > 1 else None
     )
-    perplexity = math.exp(loss) if loss < 700 else math.inf
+    return Measurement(value, stderr, count)
+
+
+def _language_scores(nll: torch.Tensor, tokens: torch.Tensor) -> Measurements:
+    loss = per_token(nll, tokens)
+    perplexity = math.exp(loss.value) if loss.value < 700 else math.inf
     return {
-        "loss": Measurement(loss, stderr, count),
-        "perplexity": Measurement(perplexity, None if stderr is None else perplexity * stderr, count),
-        "tokens": Measurement(tokens.sum().item(), None, count),
+        "loss": loss,
+        "perplexity": Measurement(perplexity, None if loss.stderr is None else perplexity * loss.stderr, loss.n),
+        "tokens": Measurement(tokens.double().sum().item(), None, loss.n),
     }
 
 
@@ -153,7 +177,7 @@ def _classification_scores(logits: torch.Tensor, labels: torch.Tensor, resample:
     predicted, true = logits.argmax(dim=1).numpy(), labels.numpy()
     count, accuracy = len(true), float((predicted == true).mean())
     scores = {
-        "loss": _mean(losses),
+        "loss": mean_of(losses),
         "accuracy": Measurement(accuracy, math.sqrt(accuracy * (1 - accuracy) / count), count),
     }
     if resample:
@@ -180,7 +204,7 @@ def _jackknifed(statistic: Callable[..., float], true: np.ndarray, predicted: np
 
 
 def _regression_scores(predicted: np.ndarray, true: np.ndarray, resample: bool) -> Measurements:
-    scores = {"loss": _mean((predicted - true) ** 2)}
+    scores = {"loss": mean_of((predicted - true) ** 2)}
     if resample:
         from scipy.stats import pearsonr, spearmanr
 
@@ -189,7 +213,8 @@ def _regression_scores(predicted: np.ndarray, true: np.ndarray, resample: bool) 
     return scores
 
 
-def _mean(values: np.ndarray) -> Measurement:
+def mean_of(values: np.ndarray) -> Measurement:
+    """The mean over rows, and its standard error."""
     count = len(values)
     return Measurement(float(values.mean()), float(values.std(ddof=1) / math.sqrt(count)) if count > 1 else None, count)
 

@@ -1,6 +1,8 @@
 """How a long job tells people where it is: a bar on a terminal, plain lines elsewhere, nothing where nobody looks."""
 
+import math
 import time
+from collections.abc import Callable
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -93,6 +95,20 @@ class LineProgress(Progress):
         self._printed = now
         left = (now - self._begun) / max(done - self._first, 1) * (self._total - done)
         self.say(f"{self._what}: {done}/{self._total}  {note}  {left:.0f} s left")
+
+
+def in_stretches(progress: Progress, what: str) -> Callable[[int, int], None]:
+    """A callback (done, in all) that begins a stretch by its first call, and another when less is done than before."""
+    last = math.inf
+
+    def advance(done: int, total: int) -> None:
+        nonlocal last
+        if done <= last:
+            progress.begin(what, total)
+        progress.advance(done)
+        last = done
+
+    return advance
 
 
 def progress_on(console: Console) -> Progress:

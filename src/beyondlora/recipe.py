@@ -24,6 +24,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 TASKS = ("causal-lm", "sequence-classification", "sequence-regression", "image-classification")
+METRICS = ("multiple_choice", "multiple_choice_generated", "exact_match")  # and pass@K, see `passes`
 
 
 @dataclass(kw_only=True)
@@ -34,7 +35,8 @@ class Recipe:
         task: "causal-lm", "sequence-classification", "sequence-regression" or "image-classification".
         model_name_or_path: a local folder, a hub name, "demo" (the small model inside this package), or
             "package:NAME/FOLDER" (a folder inside an installed Python package).
-        adapter: the keys of an adapter_config.json; `peft_type` is required, every type PEFT knows is allowed.
+        adapter: the keys of an adapter_config.json; `peft_type` is required, every type PEFT knows is allowed, and
+            FULL: every weight is trained, nothing attached (keep dtype: float32, or small steps round to nothing).
         output_dir: the run folder.
 
     Data:
@@ -62,6 +64,18 @@ class Recipe:
         max_length: tokens a row or a block of packed text; None = 512 or what the tokenizer allows, if that is less.
         image_size: side in pixels that images are resized to; None = the model's own. A vision transformer interpolates
             its position embeddings.
+
+    Figures, beside the loss (of the evaluation rows, measured once, on the weights that are kept):
+        metrics: causal-lm on pairs: any of "multiple_choice" (the options of LLM-Adapters' commonsense prompts, by
+            likelihood), "multiple_choice_generated" (by the first option that the model writes), "exact_match" (GSM8K,
+            MATH and their like, by math-verify, with "exact_match_strict" beside it) and "pass@K" (one of K answers is
+            right, estimated without bias from num_return_sequences of them).
+        answer_field: the right option or the solution; None = completion_field.
+        max_new_tokens: the longest answer that is generated; a prompt that leaves less of max_length loses its start.
+        num_return_sequences: answers generated a row; more than one needs a temperature.
+        temperature: 0 = greedy; above it answers are drawn from the model's whole distribution.
+        forgetting_dataset_name: causal-lm: a second corpus, read as plain text; its loss under the base model and after
+            training.
 
     Training (transformers' names and meanings; the defaults, too, except learning_rate and the three intervals):
         learning_rate: the peak; > 0.
@@ -107,6 +121,13 @@ class Recipe:
     image_field: str = "image"
     max_length: int | None = None
     image_size: int | None = None
+
+    metrics: list[str] | None = None
+    answer_field: str | None = None
+    max_new_tokens: int = 256
+    num_return_sequences: int = 1
+    temperature: float = 0.0
+    forgetting_dataset_name: str | None = None
 
     learning_rate: float = 3e-4
     per_device_train_batch_size: int = 8
@@ -223,16 +244,54 @@ def _check_values(recipe: Recipe) -> None:
     for name in ("model_name_or_path", "dataset_name", "output_dir"):
         if not getattr(recipe, name).strip():
             raise ValueError(f"{name} is empty")
+    _check_metrics(recipe)
+
+
+def _check_metrics(recipe: Recipe) -> None:
+    for name in recipe.metrics or ():
+        if name not in METRICS and not passes(name):
+            raise ValueError(f"metrics: {name!r} is unknown; {nearest(name, [*METRICS, 'pass@K'])}")
+        if passes(name) > recipe.num_return_sequences:
+            raise ValueError(
+                f"metrics: {name} asks whether one of {passes(name)} answers is right, but num_return_sequences is "
+                f"{recipe.num_return_sequences}; raise it, and give a temperature"
+            )
+    if recipe.metrics and recipe.prompt_field is None:
+        raise ValueError(
+            f"metrics={recipe.metrics!r} need task: causal-lm with a prompt_field and a completion_field: what is "
+            "asked, and what would be right"
+        )
+    if recipe.forgetting_dataset_name is not None and recipe.task != "causal-lm":
+        raise ValueError(f"forgetting_dataset_name is for task: causal-lm, a loss on text; the task is {recipe.task}")
+    asked = [name for name in ("metrics", "forgetting_dataset_name") if getattr(recipe, name)]
+    held_out = recipe.eval_fraction or recipe.eval_dataset_name or recipe.dataset_test_split
+    if asked and not held_out:
+        raise ValueError(
+            f"{' and '.join(asked)}: measured beside the evaluation rows, and eval_fraction is 0; hold some out, or "
+            "name eval_dataset_name"
+        )
+    if recipe.num_return_sequences > 1 and recipe.temperature == 0:
+        raise ValueError(
+            f"num_return_sequences={recipe.num_return_sequences} greedy answers would all be the same; give a "
+            "temperature, such as 0.8"
+        )
+
+
+def passes(metric: str) -> int:
+    """K of a metric "pass@K"; 0 for any other."""
+    found = re.fullmatch(r"pass@([1-9][0-9]*)", metric)
+    return int(found[1]) if found else 0
 
 
 _RANGES: dict[str, tuple[str, typing.Callable[[Any], bool]]] = {
     "greater than 0": (
         "learning_rate num_train_epochs per_device_train_batch_size per_device_eval_batch_size "
-        "gradient_accumulation_steps logging_steps eval_steps save_steps max_train_samples max_eval_samples image_size",
+        "gradient_accumulation_steps logging_steps eval_steps save_steps max_train_samples max_eval_samples image_size "
+        "max_new_tokens num_return_sequences",
         lambda value: value > 0,
     ),
     "at least 0": (
-        "warmup_steps weight_decay max_grad_norm dataloader_num_workers seed split_seed",
+        "warmup_steps weight_decay max_grad_norm dataloader_num_workers seed split_seed temperature",
         lambda value: value >= 0,
     ),
     "at least 2 tokens": ("max_length", lambda value: value >= 2),

@@ -6,19 +6,20 @@
 
 import math
 import time
-from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from .attach import save_adapter
+from . import processes
+from .attach import Trained, save_trained
 from .data import Splits
+from .figures import Examination
 from .interrupts import Interrupts
 from .measure import Measurements, measure
-from .progress import Progress
+from .progress import Progress, in_stretches
 from .recipe import Recipe
 from .run_folder import RunFolder
 
@@ -30,8 +31,10 @@ class Recorder(TrainerCallback):
     moment a kill comes at, the resumed run knows from metrics.jsonl which adapter is the best, and has it.
     """
 
-    def __init__(self, run: RunFolder, recipe: Recipe, splits: Splits, progress: Progress, resumed_at: int) -> None:
-        self.run, self.recipe, self.splits, self.progress = run, recipe, splits, progress
+    def __init__(
+        self, run: RunFolder, recipe: Recipe, splits: Splits, progress: Progress, resumed_at: int, processor: Any
+    ) -> None:
+        self.run, self.recipe, self.splits, self.progress, self.processor = run, recipe, splits, progress, processor
         self.main = PartialState().is_main_process
         rows = run.rows_until(resumed_at)
         self.seconds_before = max((row["seconds"] for row in rows), default=0.0)
@@ -64,13 +67,14 @@ class Recorder(TrainerCallback):
 
     def check_loss(self, module: torch.nn.Module, _inputs: Any, output: Any) -> None:
         """Stop before a loss that is no number reaches the weights (a forward hook)."""
-        if module.training and not torch.isfinite(output.loss).all():
+        if module.training and processes.anywhere(~torch.isfinite(output.loss).all()):
             raise self._stop(f"the loss became {output.loss.detach().float().mean().item()}")
 
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Every batch of this step gave a finite loss: remember the weights that did, unless the gradient is not."""
         trained = {name: weight for name, weight in kwargs["model"].named_parameters() if weight.requires_grad}
-        if not all(weight.grad is None or weight.grad.isfinite().all() for weight in trained.values()):
+        finite = all(weight.grad is None or weight.grad.isfinite().all() for weight in trained.values())
+        if processes.anywhere(torch.tensor(not finite, device=args.device)):
             raise self._stop("the gradient became nan or infinite")
         self.finite = (state.global_step, {name: weight.detach().clone() for name, weight in trained.items()})
 
@@ -102,27 +106,19 @@ class Recorder(TrainerCallback):
 
     # --- what they do
 
-    def measure_best(self, model: PeftModel) -> Measurements:
-        """Measure the weights that were kept, with every figure that the task has."""
-        self.progress.begin("evaluating", len(self.splits.evaluation or ()))
+    def examine(self, model: Trained, examination: Examination) -> Measurements:
+        """Measure the weights that were kept, with every figure that the recipe asks for."""
         try:
-            return self._measure(model, resample=True, on_batch=lambda done, rows: self.progress.advance(done))
+            shown, kept = in_stretches(self.progress, "evaluating"), self.run.generations if self.main else None
+            return examination.measure(model, on_batch=shown, keep=kept)
         finally:
             self.progress.end()
 
-    def _measure(self, model: PeftModel, *, resample: bool, on_batch: Callable[[int, int], None]) -> Measurements:
-        return measure(
-            model,
-            self.splits.evaluation,
-            self.splits.collator,
-            task=self.recipe.task,
-            batch_size=self.recipe.per_device_eval_batch_size,
-            bf16=self.recipe.bf16,
-            resample=resample,
-            on_batch=on_batch,
-        )
+    def save(self, model: Trained, folder: Path) -> None:
+        """Write what was trained, atomically."""
+        save_trained(model, folder, self.processor)
 
-    def keep_finite(self, model: PeftModel) -> None:
+    def keep_finite(self, model: Trained) -> None:
         """Save the last weights that gave a finite loss as last/, and as adapter/ where no evaluation chose one."""
         if self.finite is not None:
             with torch.no_grad():
@@ -130,14 +126,19 @@ class Recorder(TrainerCallback):
                 for name, value in self.finite[1].items():
                     weights[name].copy_(value)
         if self.main:
-            save_adapter(model, self.run.last)
+            self.save(model, self.run.last)
             if not self.best_step:
-                save_adapter(model, self.run.adapter)
+                self.save(model, self.run.adapter)
 
-    def _evaluate(self, model: PeftModel, state: TrainerState) -> None:
+    def _evaluate(self, model: Trained, state: TrainerState) -> None:
         figures: dict[str, Any] = {}
-        scores = self._measure(
+        scores = measure(
             model,
+            self.splits.evaluation,
+            self.splits.collator,
+            task=self.recipe.task,
+            batch_size=self.recipe.per_device_eval_batch_size,
+            bf16=self.recipe.bf16,
             resample=False,
             on_batch=lambda done, rows: self.progress.advance(self.step, f"evaluating {done}/{rows}"),
         )
@@ -147,9 +148,9 @@ class Recorder(TrainerCallback):
         if figures["eval_loss"] < self.best_loss:
             self.best_loss, self.best_step = figures["eval_loss"], state.global_step
 
-    def _keep_best(self, model: PeftModel) -> None:
+    def _keep_best(self, model: Trained) -> None:
         if self.main:
-            save_adapter(model, self.run.adapter)
+            self.save(model, self.run.adapter)
 
     def _write(self, state: TrainerState, figures: dict[str, Any]) -> None:
         if self.main:

@@ -4,8 +4,9 @@
     environment.json   versions, commit, device, seed, fingerprint of the data
     metrics.jsonl      one line a logging or evaluation event, as it happens
     metrics.json       the final figures; its presence makes the run finished
-    adapter/           the best adapter by evaluation loss, PEFT's format
-    last/              the adapter after the last step
+    adapter/           the best adapter by evaluation loss, PEFT's format; of full fine-tuning, the whole model
+    last/              the adapter (the model) after the last step
+    generations.jsonl  what the best one answered to the evaluation rows, where the recipe's metrics ask
     curves.png         loss curves
     checkpoints/       what --resume starts from; gone once the run is finished
 
@@ -34,6 +35,8 @@ CONTENTS = (
     "metrics.json",
     "adapter",
     "last",
+    "generations.jsonl",
+    "generations-test.jsonl",
     "curves.png",
     "checkpoints",
 )
@@ -58,6 +61,8 @@ class RunFolder:
         self.metrics = self.path / "metrics.json"
         self.adapter = self.path / "adapter"
         self.last = self.path / "last"
+        self.generations = self.path / "generations.jsonl"
+        self.test_generations = self.path / "generations-test.jsonl"  # of a comparison's test rows
         self.curves = self.path / "curves.png"
         self.checkpoints = self.path / "checkpoints"
         self.staging = self.checkpoints / "partial"  # the Trainer writes here; `keep_checkpoint` renames

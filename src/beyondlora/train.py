@@ -7,31 +7,24 @@ that is reported or chosen by comes from measure.py, not from the Trainer's aver
 """
 
 import dataclasses
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from peft import PeftModel
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from . import curves, data, models
-from .attach import attach, config_from, load_weights, quiet, save_adapter
+from .attach import Trained, attach, config_from, count_parameters, load_weights, quiet
 from .evaluate import device, load_base
+from .figures import Examination, check_extras
 from .interrupts import listening
 from .measure import Measurements, as_dict
 from .progress import Progress
 from .recipe import Recipe
 from .recorder import Recorder
 from .run_folder import RunFolder, environment, write_json, write_text
-
-EXTRAS = {  # what a task's figures and pictures need beyond the plain installation: task -> (module, extra)
-    "sequence-classification": [("sklearn", "metrics")],
-    "sequence-regression": [("scipy", "metrics")],
-    "image-classification": [("sklearn", "metrics"), ("PIL", "images")],
-}
 
 SAME_NAMES = (  # in a recipe as in TrainingArguments
     "learning_rate",
@@ -78,15 +71,21 @@ def train(
         if run.metrics.exists():
             progress.say(f"The run in {run.path} is finished; nothing to resume.")
             return _read_json(run.metrics)
-    _check_extras(recipe, progress)
+    check_extras(recipe)
+    if not curves.can_draw():
+        progress.say("curves.png will be skipped: matplotlib is not installed (pip install 'beyondlora[plots]').")
 
     raw = data.read_splits(recipe)
     set_seed(recipe.seed)  # before the head and the adapter draw their first weights
     processor = models.load_processor(recipe.model_name_or_path, task=recipe.task, image_size=recipe.image_size)
     extra = models.extra_inputs(recipe.model_name_or_path, task=recipe.task, image_size=recipe.image_size)
     splits = data.prepare(raw, processor, recipe, extra_inputs=extra)
+    held_out = splits.held_out()
+    examination = Examination.of(recipe, processor, held_out) if held_out else None
     progress.say(splits.description)
-    model = attach(load_base(recipe, processor, splits.label_names), config, recipe)
+    base = load_base(recipe, processor, splits.label_names)
+    examination = examination and examination.begun_with(base, device())
+    model = attach(base, config, recipe)
 
     checkpoint = run.newest_checkpoint() if resume else None
     if checkpoint is not None:
@@ -95,9 +94,9 @@ def train(
     if PartialState().is_main_process:
         _open(run, recipe, splits, checkpoint)
     PartialState().wait_for_everyone()
-    recorder = Recorder(run, recipe, splits, progress, _step_of(checkpoint))
+    recorder = Recorder(run, recipe, splits, progress, _step_of(checkpoint), processor)
     _fit(model, arguments, splits, recorder, checkpoint)
-    return _finish(model, recorder)
+    return _finish(model, recorder, examination)
 
 
 # --- before training -------------------------------------------------------------------------------------------------
@@ -139,16 +138,6 @@ def _check_same_recipe(recipe: Recipe, run: RunFolder) -> None:
         )
 
 
-def _check_extras(recipe: Recipe, progress: Progress) -> None:
-    for module, extra in EXTRAS.get(recipe.task, []):
-        if importlib.util.find_spec(module) is None:
-            raise ValueError(
-                f"task {recipe.task} needs {module}, which is not installed: pip install 'beyondlora[{extra}]'"
-            )
-    if not curves.can_draw():
-        progress.say("curves.png will be skipped: matplotlib is not installed (pip install 'beyondlora[plots]').")
-
-
 def _check_same_data(splits: data.Splits, run: RunFolder) -> None:
     if _read_json(run.environment)["data_sha256"] != splits.fingerprint:
         raise ValueError(
@@ -173,7 +162,7 @@ def _open(run: RunFolder, recipe: Recipe, splits: data.Splits, checkpoint: Path 
 
 
 def _fit(
-    model: PeftModel, arguments: TrainingArguments, splits: data.Splits, recorder: "Recorder", checkpoint: Path | None
+    model: Any, arguments: TrainingArguments, splits: data.Splits, recorder: "Recorder", checkpoint: Path | None
 ) -> None:
     """Take the steps that are left; raises FloatingPointError with the last finite weights saved."""
     if checkpoint is not None:
@@ -202,19 +191,19 @@ def _fit(
 # --- after training --------------------------------------------------------------------------------------------------
 
 
-def _finish(model: PeftModel, recorder: Recorder) -> dict[str, Any]:
+def _finish(model: Trained, recorder: Recorder, examination: Examination | None) -> dict[str, Any]:
     """Save the last adapter, measure the best, write the summary; metrics.json comes last, and says: finished."""
     run, recipe = recorder.run, recorder.recipe
     if recorder.main:
-        save_adapter(model, run.last)
+        recorder.save(model, run.last)
         if not recorder.best_step:
-            save_adapter(model, run.adapter)
+            recorder.save(model, run.adapter)
     PartialState().wait_for_everyone()
     scores: Measurements = {}
-    if recorder.splits.evaluation is not None:
+    if examination is not None:
         load_weights(model, run.adapter)
-        scores = recorder.measure_best(model)
-    trainable, total = model.get_nb_trainable_parameters()
+        scores = recorder.examine(model, examination)
+    trainable, total = count_parameters(model)
     summary = {
         "task": recipe.task,
         "peft_type": recipe.adapter["peft_type"],

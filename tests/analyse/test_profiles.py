@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import scipy.linalg
 import small_models
 import torch
 from methods import every_method
@@ -116,6 +117,36 @@ def test_only_nonlinear_methods_have_a_nonlinear_share(method):
         assert shares == [None] * 14
     else:
         assert all(0 < share < 1 for share in shares)
+
+
+@every_method
+def test_input_directions_are_those_of_the_affine_map_nearest_to_the_branch(method):
+    model = trained(method.config(target_modules="all-linear"))
+    layer, seen = model.get_submodule(PATH), []
+    found = of(profile(model, batches())).input_directions.numpy()
+    handle = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        for batch in batches():
+            model(**batch)
+        handle.remove()
+        x = torch.cat([part.flatten(0, -2) for part in seen])
+        layer.double()
+        added = (layer(x.double()) - layer.base_layer(x.double())).numpy()
+        down = layer.adapters["default"].down.weight
+        z = (x.double() @ down.mT).numpy()  # what enters the core
+        layer.float()
+    # The least squares of the outputs on [1, z], as a map of the layer's input; a linear branch is its ΔW.
+    slope = np.linalg.lstsq(np.c_[np.ones(len(z)), z], added, rcond=None)[0][1:].T @ down.detach().numpy()
+    if method.merge == "exact":
+        slope = layer.get_delta_weight("default").detach().double().numpy()
+    _, sigma, Vh = np.linalg.svd(slope)
+    count = int((np.cumsum(sigma**2) < 0.9 * (sigma**2).sum()).sum()) + 1
+    assert found.shape == (48, count)
+    assert scipy.linalg.subspace_angles(found, Vh[:count].T).max() < 1e-4  # the model runs in float32
+
+
+def test_what_has_no_bottleneck_has_no_input_directions():
+    assert of(profile(lora(use_dora=True), batches())).input_directions is None
 
 
 @every_method

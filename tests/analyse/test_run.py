@@ -89,12 +89,18 @@ def test_subspaces_are_scipys_for_the_directions_of_a_linear_adapter(runs, house
         np.testing.assert_allclose(row["angles_degrees"], expected, atol=1e-6)
         assert row["overlap"] == pytest.approx(np.cos(np.deg2rad(expected[0])) ** 2, abs=1e-8)
         assert row["chance"] == pytest.approx(1 / len(a))
+        a, b = (w[f"base_model.model.{row['name']}.lora_A.weight"].double().numpy().T for w in columns)
+        expected = np.rad2deg(scipy.linalg.subspace_angles(a, b))
+        np.testing.assert_allclose(row["inputs"]["angles_degrees"], expected, atol=1e-6)
+        assert row["inputs"]["chance"] == pytest.approx(1 / len(a))
 
 
 def test_an_adapter_is_in_the_subspace_of_its_copy(runs, house, tmp_path):
     copy = shutil.copytree(runs / "lora", tmp_path / "copy")
     (pair,) = analyse([runs / "lora", copy], max_tokens=200)["subspaces"]
     assert pair["overlap"] == pytest.approx(1, abs=1e-12)
+    assert pair["input_overlap"] == pytest.approx(1, abs=1e-12)
+    assert 0 < pair["input_chance"] < 0.5
     assert len(pair["layers"]) == 14
 
 

@@ -37,6 +37,32 @@ def test_every_arm_has_the_same_search_and_the_same_seeds():
     assert len({run.recipe.output_dir for run in runs}) == len(runs)
 
 
+def test_what_is_left_out_has_its_default():
+    made = Grid.from_mapping({**RECIPE, "grid": {"methods": METHODS, "test_fraction": 0.1}})
+    assert (made.output, made.baseline, made.confidence, made.metric.name) == (Path("out"), "LoRA", 0.95, "perplexity")
+    assert sorted({run.seed for run in made.runs}) == [0, 1, 2]
+    assert made.describe() == "9 runs: 3 arms x 1 settings x 3 seeds"
+    assert grid().describe() == "12 runs: 3 arms x 2 settings x 2 seeds"
+    assert {run.seed for run in grid(seed=7).runs} == {7}
+    assert grid(metric="loss", baseline="LoRA r=8").metric.name == "loss"
+
+
+def test_what_a_method_says_itself_goes_before_what_holds_for_all():
+    made = grid({"adapter": {"r": 16, "target_modules": "all-linear"}}, methods={"x": {"peft_type": "LORA", "r": 2}})
+    assert made.runs[0].recipe.adapter == {"peft_type": "LORA", "r": 2, "target_modules": "all-linear"}
+
+
+def test_a_run_is_named_after_what_sets_it_apart():
+    names = [run.name for run in grid(learning_rate=[1e-3], weight_decay=[0, 0.1], seed=[3]).runs]
+    assert names[:2] == ["lora-r-4-lr0.001-weight-decay0-seed3", "lora-r-4-lr0.001-weight-decay0.1-seed3"]
+    assert grid(methods={"x": {"peft_type": "LORA", "r": [4]}}).arms.keys() == {"x"}  # a list of one sets nothing apart
+    assert all(run.recipe.output_dir == f"out/runs/{run.name}" for run in grid().runs)
+    assert {run.recipe.weight_decay for run in grid(weight_decay=[0, 0.1]).runs} == {0, 0.1}
+    block = {"methods": METHODS, "_learning_rate": [1e-3, 1e-2], "_weight_decay": [0, 0.1], "test_fraction": 0.1}
+    paired = Grid.from_mapping({**RECIPE, "grid": block}).arms["DoRA"]
+    assert {(run.recipe.learning_rate, run.recipe.weight_decay) for run in paired} == {(1e-3, 0), (1e-2, 0.1)}
+
+
 def test_plain_lists_are_grids_and_underscored_ones_are_paired():
     assert choices({"a": [1, 2], "b": [3, 4], "c": 5}, "") == [{"a": a, "b": b, "c": 5} for a in (1, 2) for b in (3, 4)]
     assert choices({"_a": [1, 2], "_b": [3, 4], "c": [5, 6]}, "") == [
@@ -70,7 +96,12 @@ def test_plain_lists_are_grids_and_underscored_ones_are_paired():
         ({"test_dataset_name": "x"}, "one of the two"),
         ({"test_fraction": None}, "one of the two"),
         ({"test_fraction": 1.5}, "between 0 and 1"),
+        ({"test_fraction": 0}, "between 0 and 1"),
         ({"confidence": 95}, "for example 0.95"),
+        ({"confidence": 1.0}, "for example 0.95"),
+        ({"confidence": 0.4}, "for example 0.95"),
+        ({"methods": {"x": {"peft_type": "LORA", "modules_to_save": ["a", "b"]}}}, r"\[\['a', 'b'\]\]"),
+        ({"methods": {"x": {"peft_type": "LORA", "layers_to_transform": [0, 1]}}}, r"\[\[0, 1\]\]"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -82,6 +113,21 @@ def test_what_cannot_work_is_refused_with_what_to_do(changes, message):
 def test_without_validation_rows_nothing_can_be_chosen():
     with pytest.raises(ValueError, match="without validation rows nothing can be chosen"):
         grid({"eval_fraction": 0})
+    assert grid({"eval_fraction": 0, "dataset_test_split": "validation"})
+    assert grid({"eval_fraction": 0, "eval_dataset_name": "other.txt"})
+
+
+def test_a_comparison_needs_a_folder():
+    with pytest.raises(ValueError, match="output_dir is missing"):
+        grid({"output_dir": None})
+
+
+def test_lists_of_lists_are_grids_of_lists():
+    made = grid(methods={"x": {"peft_type": "LORA", "target_modules": [["q_proj"], ["q_proj", "v_proj"]]}})
+    assert [runs[0].recipe.adapter["target_modules"] for runs in made.arms.values()] == [
+        ["q_proj"],
+        ["q_proj", "v_proj"],
+    ]
 
 
 def test_a_file_without_a_grid_says_what_a_grid_is(tmp_path):

@@ -27,6 +27,7 @@ class Branch:
     Attributes:
         name: of the layer in the base model.
         up: the up-projection (R → M); what enters it is the hidden.
+        down: (R, N) the weight of the down-projection.
         core: what stands between the projections; None where nothing does.
         nonlinear: whether the core makes the hidden nonlinear in the layer's input.
         update: (M, R) and (R, N) whose product is the weight update ΔW, scaling included; None where there is none.
@@ -36,6 +37,7 @@ class Branch:
 
     name: str
     up: nn.Linear
+    down: Tensor
     scaling: float
     core: nn.Module | None = None
     nonlinear: bool = False
@@ -103,7 +105,8 @@ def _branch(name: str, layer: Any) -> Branch | Whole:
         down, up = layer.lora_A[active[0]], layer.lora_B[active[0]]
         if isinstance(down, nn.Linear) and isinstance(up, nn.Linear):
             scaling = layer.scaling[active[0]]
-            return Branch(name, up, scaling, update=(up.weight * scaling, down.weight), update_form="exact")
+            update = (up.weight * scaling, down.weight)
+            return Branch(name, up, down.weight, scaling, update=update, update_form="exact")
     return Whole(name, layer, _width(name, layer))
 
 
@@ -115,6 +118,7 @@ def _ours(name: str, adapter: Adapter) -> Branch:
     branch = Branch(
         name,
         adapter.up,
+        adapter.down.weight,
         adapter.scaling,
         adapter.core,
         nonlinear=bool(adapter.merge_refusal or adapter.merge_warning),

@@ -20,6 +20,7 @@ from .spectra import (
     effective_rank,
     factored_singular_values,
     manifold_dimension,
+    nearest_affine,
     product_svd,
     stable_rank,
     unexplained_share,
@@ -76,6 +77,9 @@ class LayerProfile:
         saturated_units: share of the units that are flat on 99 % of the tokens or more.
         orthonormality: of each Stiefel factor Y, max |YᵀY − I|.
         directions: (M, k) orthonormal: where in output space the outputs go, strongest first.
+        input_directions: (N, k) orthonormal: what of the input reaches them, strongest first: the right singular
+            vectors of the weight update or, where the branch is nonlinear, of the affine map nearest to it on these
+            tokens. As many as make up 90 % of its squared singular values; None where outputs pass no bottleneck.
     """
 
     name: str
@@ -83,6 +87,7 @@ class LayerProfile:
     tokens: int
     singular_values: Tensor
     directions: Tensor
+    input_directions: Tensor | None = None
     effective_rank: float | None = None
     manifold_dimension: int | None = None
     stable_rank: float | None = None
@@ -199,6 +204,7 @@ def _describe_branch(recorder: BranchRecorder) -> LayerProfile:
         figures = _shape(sigma) | _units(F_KC[:, -branch.rank :], W_MR) | _saturation(recorder)
         if branch.nonlinear:
             figures["nonlinear_share"] = unexplained_share(F_KC, W_MR)
+        figures["input_directions"] = _inputs(branch, F_KC, W_MR)
         figures["splines"] = tuple(_describe_spline(s.spline, s.counts) for s in recorder.splines)
     return LayerProfile(
         branch.name,
@@ -210,6 +216,17 @@ def _describe_branch(recorder: BranchRecorder) -> LayerProfile:
         update=_describe_update(branch),
         **figures,
     )
+
+
+def _inputs(branch: Branch, F_KC: Tensor, W_MR: Tensor) -> Tensor | None:
+    """What of the input the branch, or the affine map nearest to it, lets through, strongest first."""
+    P_MR, Q_RN = W_MR, branch.down
+    if branch.nonlinear:
+        P_MR = W_MR @ nearest_affine(F_KC, branch.rank)
+    elif branch.update is not None:
+        P_MR, Q_RN = branch.update
+    sigma, directions_Nk = product_svd(torch.linalg.qr(P_MR.double(), mode="r").R, Q_RN.mT)
+    return directions_Nk[:, : manifold_dimension(sigma)] if sigma.any() else None
 
 
 def _shape(sigma: Tensor) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from ..attach import config_in
+from ..attach import config_in, holds_model
 from ..evaluate import Opened, device, open_target
 from ..progress import Progress
 from ..recipe import Recipe
@@ -93,12 +93,13 @@ def analyse(
 
 
 def _open(target: Path, data: str | None, recipe: Recipe | None) -> Opened:
-    if (target / "config.json").is_file() and not (target / "adapter_config.json").is_file():
+    opened = None if holds_model(target) else open_target(target, data=data, recipe=recipe)
+    if opened is None or holds_model(opened.folder):
         raise ValueError(
-            f"{target} is a whole model, without an adapter beside it: what was merged into its weights cannot be told "
-            "from them. Analyse the adapter's own folder, from before merging."
+            f"{target} is a whole model, without an adapter beside it: what was merged or trained into its weights "
+            "cannot be told from them. Analyse an adapter's own folder, from before merging."
         )
-    return open_target(target, data=data, recipe=recipe)
+    return opened
 
 
 def _labels(targets: Sequence[Path]) -> list[str]:
@@ -131,7 +132,8 @@ def _type(opened: Opened) -> str:
 
 
 def _profile(label: str, opened: Opened, rows: Any, max_tokens: int, progress: Progress) -> list[LayerProfile]:
-    model = opened.load().to(device())
+    model: Any = opened.load()
+    model.to(device())
     progress.begin(label, max_tokens)
     try:
         return profile(

@@ -132,6 +132,16 @@ def unexplained_share(F_KC: Tensor, W_MR: Tensor) -> float | None:
     return (torch.linalg.matrix_norm(H_KR[before:] @ G_RR.mT) ** 2 / total).item() if total > 0 else None
 
 
+def nearest_affine(F_KC: Tensor, rank: int) -> Tensor:
+    """C (R, R) with H ≈ Z Cᵀ + constant, by least squares; F is the factor of [Z | H], H with R columns.
+
+    What no row of Z reaches is left out of C, the smallest of all solutions.
+    """
+    before = F_KC.shape[1] - rank
+    F = _precise(F_KC)[:before]
+    return (torch.linalg.pinv(F[:, :before]) @ F[:, before:]).mT
+
+
 def principal_angles(A_Mk: Tensor, B_Mk: Tensor) -> Tensor:
     """Principal angles in radians between two column spaces, ascending.
 

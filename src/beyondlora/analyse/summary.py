@@ -23,7 +23,7 @@ FIGURES = (
 
 def as_mapping(layer: LayerProfile) -> dict[str, Any]:
     """A profile for JSON; without the directions, which are as large as the adapter."""
-    mapping = {field.name: getattr(layer, field.name) for field in fields(layer) if field.name != "directions"}
+    mapping = {field.name: getattr(layer, field.name) for field in fields(layer) if "directions" not in field.name}
     mapping["singular_values"] = layer.singular_values.tolist()
     mapping["splines"] = [vars(spline) for spline in layer.splines]
     if layer.update is not None:
@@ -67,10 +67,11 @@ def _deviation(values: Sequence[float]) -> float:
 
 
 def compare_subspaces(a: Sequence[LayerProfile], b: Sequence[LayerProfile]) -> dict[str, Any]:
-    """How far two adapters write into the same directions of each layer they share.
+    """How far two adapters write into the same directions of each layer they share, and read from the same.
 
     In each layer the k leading output directions of both, k the smaller of their manifold dimensions. The overlap is
     the mean cos² of the k principal angles: 1 = the same subspace, and k / M is what two random ones have on average.
+    The same of the k leading input directions, k the smaller number of those that a `LayerProfile` holds.
     """
     theirs = {layer.name: layer for layer in b}
     pairs = [(layer, theirs[layer.name]) for layer in a if layer.name in theirs]
@@ -78,6 +79,8 @@ def compare_subspaces(a: Sequence[LayerProfile], b: Sequence[LayerProfile]) -> d
     return {
         "overlap": _mean([row["overlap"] for row in rows]),
         "chance": _mean([row["chance"] for row in rows]),
+        "input_overlap": _mean([row["inputs"] and row["inputs"]["overlap"] for row in rows]),
+        "input_chance": _mean([row["inputs"] and row["inputs"]["chance"] for row in rows]),
         "layers": rows,
     }
 
@@ -86,11 +89,21 @@ def _compare(a: LayerProfile, b: LayerProfile) -> dict[str, Any] | None:
     if a.manifold_dimension is None or b.manifold_dimension is None:
         return None
     k = min(a.manifold_dimension, b.manifold_dimension)
-    angles = principal_angles(a.directions[:, :k], b.directions[:, :k])
+    return {"name": a.name, **_between(a.directions[:, :k], b.directions[:, :k]), "inputs": _compare_inputs(a, b)}
+
+
+def _compare_inputs(a: LayerProfile, b: LayerProfile) -> dict[str, Any] | None:
+    if a.input_directions is None or b.input_directions is None:
+        return None
+    k = min(a.input_directions.shape[1], b.input_directions.shape[1])
+    return _between(a.input_directions[:, :k], b.input_directions[:, :k])
+
+
+def _between(A_Mk: torch.Tensor, B_Mk: torch.Tensor) -> dict[str, Any]:
+    angles = principal_angles(A_Mk, B_Mk)
     return {
-        "name": a.name,
-        "k": k,
+        "k": A_Mk.shape[1],
         "overlap": angles.cos().square().mean().item(),
-        "chance": k / len(a.directions),
+        "chance": A_Mk.shape[1] / len(A_Mk),
         "angles_degrees": angles.rad2deg().tolist(),
     }

@@ -74,8 +74,8 @@ class Outcome:
 
     @property
     def rows(self) -> int:
-        """The number of test rows."""
-        return next((len(rows) for arm in self.arms for line in arm.lines for rows in line["items"].values()), 0)
+        """The number of test rows that the metric is of."""
+        return next((rows.shape[-1] for arm in self.arms for rows in arm.outcomes.values()), 0)
 
 
 def outcome_of(grid: Grid, lines: Sequence[Line], *, title: str, notes: Sequence[str] = ()) -> Outcome:
@@ -106,7 +106,7 @@ def _arm(name: str, lines: Sequence[Line], metric: Metric) -> Arm:
     chosen = best(complete, key=lambda setting: setting.validation or 0.0) if complete else None
     rates = [setting.learning_rate for setting in settings]
     kept = [line["items"] for line in chosen.lines] if chosen else []
-    outcomes = {key: np.array([items[key] for items in kept]) for items in kept[:1] for key in items}
+    outcomes = {key: np.array([items[key] for items in kept]) for key in metric.needs} if kept else {}
     return Arm(
         name=name,
         method=lines[0]["method"],

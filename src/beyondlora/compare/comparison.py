@@ -11,6 +11,7 @@ from typing import Any
 
 from .. import curves, data, models
 from ..attach import config_from
+from ..figures import Examination, check_extras
 from ..progress import Progress
 from ..recipe import Recipe
 from ..run_folder import write_json, write_text
@@ -61,7 +62,8 @@ def compare(
     Raises: ValueError, FileNotFoundError: bad input.
     """
     progress = progress or Progress()
-    _check_extras(grid)
+    _check_extras()
+    check_extras(grid.runs[0].recipe)
     for runs in grid.arms.values():
         config_from(runs[0].recipe)  # an unknown method or key
     grid, test, shared = _settled(grid, progress)
@@ -92,7 +94,7 @@ def compare(
 # --- before the runs -------------------------------------------------------------------------------------------------
 
 
-def _check_extras(grid: Grid) -> None:
+def _check_extras() -> None:
     if importlib.util.find_spec("scipy") is None:
         raise ValueError("compare needs scipy, which is not installed: pip install 'beyondlora[metrics]'")
 
@@ -116,9 +118,10 @@ def _settled(grid: Grid, progress: Progress) -> tuple[Grid, HeldOut, dict[str, A
     evaluation = data.prepare_evaluation(
         recipe.replace(max_eval_samples=grid.max_test_samples), processor, path, label_names=splits.label_names
     )
-    check_rows(len(evaluation.rows), grid.confidence)
+    rows = Examination.of(recipe, processor, evaluation).counts[grid.metric.of]
+    check_rows(rows, grid.confidence)
     progress.say(f"{splits.description}; test: {evaluation.description}")
-    test = HeldOut(path, evaluation.fingerprint, len(evaluation.rows), grid.max_test_samples)
+    test = HeldOut(path, evaluation.fingerprint, rows, grid.max_test_samples)
     shared = expected(recipe, test, splits.fingerprint) | {"tokens_per_row": _tokens_per_row(recipe, splits)}
     return grid, test, shared
 

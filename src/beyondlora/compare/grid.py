@@ -3,12 +3,13 @@
 >>> grid = Grid.load("configs/grids/compare-first.yaml")
 >>> len(grid.runs), [arm for arm in grid.arms]
 
-The file is a recipe (recipe.py; what its `adapter:` says holds for every method) with one more block:
+The file is a recipe (recipe.py; what its `adapter:` says holds for every method that has the key) with one more block:
 
     grid:
       methods:                          name -> adapter block, as in adapter_config.json
         LoRA: {peft_type: LORA, r: [4, 8]}
         DoRA: {peft_type: LORA, use_dora: true, _r: [4, 8], _lora_alpha: [8, 16]}
+        full fine-tuning: {peft_type: FULL}
       learning_rate: [1e-3, 3e-3]       searched on the validation rows, for every method alike
       seed: [0, 1, 2]                   repeated
       baseline: LoRA                    default: the first method
@@ -26,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..attach import keys_of
 from ..recipe import Recipe, load, nearest
 from .metrics import Metric, metric_named
 
@@ -103,7 +105,7 @@ class Grid:
             output=Path(first.output_dir).parent.parent,
             runs=runs,
             baseline=block.get("baseline", runs[0].method),
-            metric=metric_named(block.get("metric"), first.task),
+            metric=metric_named(block.get("metric"), first),
             confidence=float(block.get("confidence", 0.95)),
             test_dataset_name=block.get("test_dataset_name"),
             test_fraction=block.get("test_fraction"),
@@ -192,6 +194,7 @@ def _runs(
     recipe: Mapping[str, Any], block: Mapping[str, Any], searches: Sequence[dict[str, Any]], seeds: Sequence[int]
 ) -> list[Run]:
     output, shared = recipe.get("output_dir"), recipe.get("adapter") or {}
+    _check_shared(shared, block["methods"])
     if not isinstance(output, str):
         raise ValueError("output_dir is missing: name the folder of the whole comparison")
     runs: list[Run] = []
@@ -201,13 +204,33 @@ def _runs(
             if name in {run.name for run in runs}:
                 raise ValueError(f"grid: two runs would share the folder {name}; give methods names that differ more")
             changes = {
-                "adapter": {**shared, **adapter},
+                "adapter": {**_known_to(adapter, shared), **adapter},
                 "seed": seed,
                 "output_dir": f"{output}/runs/{name}",
                 **searched,
             }
             runs.append(Run(name, method, arm, searched, Recipe.from_mapping({**recipe, **changes})))
     return runs
+
+
+def _check_shared(shared: Mapping[str, Any], methods: Mapping[str, Any]) -> None:
+    """Refuse a key that holds for every method and that none of them has: it is misspelt, and would do nothing."""
+    blocks = [{**shared, **block} for block in methods.values() if isinstance(block, dict)]
+    known = {key for block in blocks for key in ("peft_type", *_keys(block))}
+    for key in shared:
+        if blocks and key not in known:
+            raise ValueError(f"adapter: no method of the grid has a key {key!r}; {nearest(key, sorted(known))}")
+
+
+def _known_to(adapter: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, Any]:
+    """What of the block that holds for every method this method has a key for (full fine-tuning has none at all)."""
+    known = ["peft_type", *_keys({**shared, **adapter})]
+    return {key: value for key, value in shared.items() if key in known}
+
+
+def _keys(adapter: Mapping[str, Any]) -> list[str]:
+    peft_type = adapter.get("peft_type")
+    return keys_of(peft_type) if isinstance(peft_type, str) else []
 
 
 def _arms(methods: Mapping[str, Any]) -> Iterable[tuple[str, dict[str, Any], str]]:

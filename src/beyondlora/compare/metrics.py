@@ -1,11 +1,13 @@
 """Figures out of what every test row came to (measure.Outcomes), written so that resampled rows are one more axis."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
-from ..recipe import nearest
+from ..recipe import Recipe, nearest
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -14,54 +16,105 @@ Arrays = Mapping[str, np.ndarray]
 class Metric:
     """A figure of a set of rows.
 
+    needs: the outcomes that it is made of.
+    of: what its rows are, see Examination.counts.
     value: outcomes whose last axis are the rows -> one figure for all other axes.
     """
 
     name: str
     higher_is_better: bool
+    needs: tuple[str, ...]
     value: Callable[[Arrays], np.ndarray]
     decimals: int = 4
+    of: str = "rows"
 
 
 def _token_loss(rows: Arrays) -> np.ndarray:
     return rows["nll"].sum(axis=-1) / rows["tokens"].sum(axis=-1)
 
 
-def _correlation(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+def _forgetting(rows: Arrays) -> np.ndarray:
+    grown = rows["forgetting_after"].sum(axis=-1) - rows["forgetting_before"].sum(axis=-1)
+    return grown / rows["forgetting_tokens"].sum(axis=-1)
+
+
+def _mean(name: str, rows: Arrays) -> np.ndarray:
+    return np.asarray(rows[name].mean(axis=-1))
+
+
+def _pearson(rows: Arrays) -> np.ndarray:
     from scipy.stats import pearsonr
 
-    return np.asarray(pearsonr(first, second, axis=-1).statistic)
+    return np.asarray(pearsonr(rows["predicted"], rows["label"], axis=-1).statistic)
 
 
-def _of_classes(rows: Arrays) -> np.ndarray:
-    """Matthews' coefficient of two classes is the correlation of their numbers."""
-    if max(rows["label"].max(), rows["predicted"].max()) > 1:
-        raise ValueError("metric matthews is for two classes here; choose accuracy or loss.")
-    return _correlation(rows["predicted"].astype(float), rows["label"].astype(float))
+def _spearman(rows: Arrays) -> np.ndarray:
+    """The correlation of the ranks, equal values sharing theirs."""
+    from scipy.stats import rankdata
+
+    return _pearson({name: rankdata(rows[name], axis=-1) for name in ("predicted", "label")})
+
+
+def _matthews(rows: Arrays) -> np.ndarray:
+    """Of any number of classes (Gorodkin's R_K); 0 where one side has a single class, as scikit-learn has it."""
+    predicted, label = rows["predicted"], rows["label"]
+    count = label.shape[-1]
+    agreed = (predicted == label).sum(axis=-1)
+    by_chance = predicted_alike = label_alike = np.zeros(agreed.shape)
+    for number in np.unique([*np.unique(predicted), *np.unique(label)]):
+        p, t = ((classes == number).sum(axis=-1).astype(float) for classes in (predicted, label))
+        by_chance, predicted_alike, label_alike = by_chance + p * t, predicted_alike + p * p, label_alike + t * t
+    spread = np.sqrt((count**2 - predicted_alike) * (count**2 - label_alike))
+    return np.divide(agreed * count - by_chance, spread, out=np.zeros_like(spread), where=spread > 0)
+
+
+def _squared_error(rows: Arrays) -> np.ndarray:
+    return np.asarray(((rows["predicted"] - rows["label"]) ** 2).mean(axis=-1))
+
+
+def _mean_of(name: str, *, of: str | None = None, higher_is_better: bool = True) -> Metric:
+    return Metric(name, higher_is_better, (of or name,), partial(_mean, of or name))
 
 
 _CLASSES = [
-    Metric("accuracy", True, lambda rows: rows["correct"].mean(axis=-1)),
-    Metric("loss", False, lambda rows: rows["loss"].mean(axis=-1)),
-    Metric("matthews", True, _of_classes),
+    _mean_of("accuracy", of="correct"),
+    _mean_of("loss", higher_is_better=False),
+    Metric("matthews", True, ("predicted", "label"), _matthews),
 ]
 METRICS = {  # the first is the default
     "causal-lm": [
-        Metric("perplexity", False, lambda rows: np.exp(_token_loss(rows)), 3),
-        Metric("loss", False, _token_loss),
+        Metric("perplexity", False, ("nll", "tokens"), lambda rows: np.exp(_token_loss(rows)), 3),
+        Metric("loss", False, ("nll", "tokens"), _token_loss),
     ],
     "sequence-classification": _CLASSES,
     "image-classification": _CLASSES,
     "sequence-regression": [
-        Metric("pearson", True, lambda rows: _correlation(rows["predicted"], rows["label"])),
-        Metric("loss", False, lambda rows: ((rows["predicted"] - rows["label"]) ** 2).mean(axis=-1)),
+        Metric("pearson", True, ("predicted", "label"), _pearson),
+        Metric("spearman", True, ("predicted", "label"), _spearman),
+        Metric("loss", False, ("predicted", "label"), _squared_error),
     ],
 }
+FORGETTING = Metric(
+    "forgetting", False, ("forgetting_before", "forgetting_after", "forgetting_tokens"), _forgetting, of="corpus"
+)
 
 
-def metric_named(name: str | None, task: str) -> Metric:
+def metrics_of(recipe: Recipe) -> list[Metric]:
+    """Every metric that the runs of a recipe can be compared by; the first is the default."""
+    names = list(recipe.metrics or [])
+    if "exact_match" in names:
+        names.append("exact_match_strict")
+    forgetting = [FORGETTING] if recipe.forgetting_dataset_name else []
+    answers = [dataclasses.replace(_mean_of(name), of="questions") for name in names]
+    return [*METRICS[recipe.task], *answers, *forgetting]
+
+
+def metric_named(name: str | None, recipe: Recipe) -> Metric:
     """The metric of a name, or the task's default. Raises: ValueError."""
-    known = {metric.name: metric for metric in METRICS[task]}
+    known = {metric.name: metric for metric in metrics_of(recipe)}
     if name is not None and name not in known:
-        raise ValueError(f"grid: metric {name!r} is unknown for {task}; {nearest(name, list(known))}.")
-    return known[name] if name is not None else METRICS[task][0]
+        raise ValueError(
+            f"grid: metric {name!r} is not measured for {recipe.task}; {nearest(name, list(known))} What else there "
+            "is, a recipe asks for by metrics: and forgetting_dataset_name:."
+        )
+    return known[name] if name is not None else metrics_of(recipe)[0]

@@ -158,7 +158,7 @@ def _measured(run: Run, test: HeldOut, progress: Progress) -> Line:
     folder, kept = RunFolder(run.recipe.output_dir), list[Outcomes]()
     summary = train(run.recipe, resume=True, progress=progress)
     recipe = run.recipe.replace(max_eval_samples=test.max_samples)
-    tested = evaluate(folder.path, data=test.path, recipe=recipe, on_outcomes=kept.append)
+    tested = evaluate(folder.path, data=test.path, recipe=recipe, on_outcomes=kept.append, keep=folder.test_generations)
     if tested["data_sha256"] != test.sha256:
         raise ValueError(f"the test rows in {test.path} have changed since the comparison began")
     outcomes = {name: values.astype(float) for name, values in kept[0].items()}
@@ -177,7 +177,7 @@ def _measured(run: Run, test: HeldOut, progress: Progress) -> Line:
         },
         "train_seconds": summary["seconds"],
         "peak_memory_bytes": _peak_memory(),
-        "adapter_bytes": sum(path.stat().st_size for path in folder.adapter.glob("adapter_model.*")),
+        "adapter_bytes": sum(path.stat().st_size for path in folder.adapter.glob("*.safetensors")),
         "data_sha256": environment["data_sha256"],
         "environment": {key: environment[key] for key in ("started", "device", "commit", "python", "versions")},
     }

@@ -19,14 +19,16 @@ What becomes of a row (messages number rows from 1):
 
 from .fields import is_packed as is_packed
 from .fields import text_fields as text_fields
-from .inputs import NOT_SCORED as NOT_SCORED
 from .inputs import Evaluation as Evaluation
 from .inputs import Splits as Splits
 from .inputs import prepare as prepare
 from .inputs import prepare_evaluation as prepare_evaluation
+from .questions import Option as Option
+from .questions import Question as Question
 from .rows import arrow_column as arrow_column
 from .rows import read_rows as read_rows
 from .splits import RawSplits as RawSplits
 from .splits import hold_out as hold_out
 from .splits import read_checked as read_checked
 from .splits import read_splits as read_splits
+from .tokens import NOT_SCORED as NOT_SCORED

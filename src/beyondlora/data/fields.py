@@ -28,6 +28,9 @@ class DataRecipe(Protocol):
     label_field: str
     image_field: str
     max_length: int | None
+    metrics: list[str] | None
+    answer_field: str | None
+    max_new_tokens: int
 
 
 def is_packed(recipe: DataRecipe) -> bool:
@@ -43,3 +46,8 @@ def text_fields(recipe: DataRecipe) -> list[str]:
         pair = [name for name in (recipe.prompt_field, recipe.completion_field) if name is not None]
         return pair or [recipe.dataset_text_field]
     return [recipe.sentence1_field, *([recipe.sentence2_field] if recipe.sentence2_field is not None else [])]
+
+
+def answer_field(recipe: DataRecipe) -> str | None:
+    """The column with the right answer; None where nothing is asked."""
+    return (recipe.answer_field or recipe.completion_field) if recipe.metrics else None

@@ -18,11 +18,11 @@ from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
 
 from .fields import DataRecipe, is_packed, text_fields
 from .labels import with_labels
+from .questions import Question, digest_of, questions_of
 from .rows import arrow_column
 from .splits import RawSplits, read_checked, read_splits, sample
+from .tokens import NOT_SCORED, head_of, ids_of, longest, tokenize_pairs
 
-NOT_SCORED = -100  # the label that torch's cross entropy and transformers leave out
-DEFAULT_MAX_LENGTH = 512
 _BATCH = 1000
 
 
@@ -32,17 +32,25 @@ class Splits:
 
     train: datasets.Dataset
     evaluation: datasets.Dataset | None
+    questions: list[Question]  # the evaluation rows, where the recipe asks what the model answers to them
     collator: Callable[[list[Any]], dict[str, Any]]
     label_names: list[str] | None
     description: str  # one line for people
     fingerprint: str  # sha256 over all prepared rows; the same on every machine
 
+    def held_out(self) -> Evaluation | None:
+        """The rows to evaluate on, by themselves."""
+        if self.evaluation is None:
+            return None
+        return Evaluation(self.evaluation, self.questions, self.collator, self.description, self.fingerprint)
+
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Model-ready rows to evaluate on."""
+    """Model-ready rows to evaluate on, and the questions in them."""
 
     rows: datasets.Dataset
+    questions: list[Question]
     collator: Callable[[list[Any]], dict[str, Any]]
     description: str
     fingerprint: str
@@ -63,15 +71,17 @@ def prepare(
     evaluation = raw.evaluation and _prepare_rows(
         raw.evaluation, processor, recipe, recipe.max_eval_samples, "evaluation rows"
     )
+    questions = questions_of(raw.evaluation, processor, recipe, "evaluation rows") if raw.evaluation else []
     parts = [("train", train), *([("evaluation", evaluation)] if evaluation else [])]
     return Splits(
         train=train.rows,
         evaluation=evaluation.rows if evaluation else None,
+        questions=questions,
         collator=_collator(recipe, processor, extra_inputs),
         label_names=raw.label_names,
         description="; ".join(f"{name}: {part.description}" for name, part in parts)
         + ("" if evaluation else "; no evaluation"),
-        fingerprint=_sha256(part.digest for _, part in parts),
+        fingerprint=_sha256(*(part.digest for _, part in parts), *digest_of(questions)),
     )
 
 
@@ -100,8 +110,16 @@ def prepare_evaluation(
         rows = read_checked(recipe, name, recipe.dataset_test_split or "test")
         rows = with_labels(rows, recipe, label_names, name)
         rows = rows if is_packed(recipe) else sample(rows, recipe.max_eval_samples, recipe.split_seed)
-    part = _prepare_rows(rows, processor, recipe, recipe.max_eval_samples, name or "evaluation rows")
-    return Evaluation(part.rows, _collator(recipe, processor, extra_inputs), part.description, _sha256([part.digest]))
+    where = name or "evaluation rows"
+    part = _prepare_rows(rows, processor, recipe, recipe.max_eval_samples, where)
+    questions = questions_of(rows, processor, recipe, where)
+    return Evaluation(
+        rows=part.rows,
+        questions=questions,
+        collator=_collator(recipe, processor, extra_inputs),
+        description=part.description,
+        fingerprint=_sha256(part.digest, *digest_of(questions)),
+    )
 
 
 @dataclass(frozen=True)
@@ -131,7 +149,7 @@ def _prepare_rows(
 ) -> _Part:
     if recipe.task == "image-classification":
         return _prepare_images(rows, processor, recipe)
-    length = _max_length(recipe, processor)
+    length = longest(recipe, processor)
     if recipe.task != "causal-lm":
         return _prepare_sequences(rows, processor, recipe, length)
     if recipe.prompt_field is None:
@@ -139,40 +157,15 @@ def _prepare_rows(
     return _prepare_pairs(rows, processor, recipe, length, where)
 
 
-def _max_length(recipe: DataRecipe, tokenizer: Any) -> int:
-    allowed = tokenizer.model_max_length  # a huge number where the tokenizer does not know
-    if recipe.max_length is None:
-        return min(DEFAULT_MAX_LENGTH, allowed)
-    if recipe.max_length > allowed:
-        raise ValueError(f"max_length={recipe.max_length} is more than the {allowed} tokens that the tokenizer allows")
-    return recipe.max_length
-
-
 def _batches(rows: datasets.Dataset) -> Iterator[dict[str, list[Any]]]:
     for start in range(0, len(rows), _BATCH):
         yield rows[start : start + _BATCH]
 
 
-def _ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    # verbose=False: longer than the model allows is fine here, it is cut below.
-    return (
-        tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        if texts
-        else []
-    )
-
-
-def _head(tokenizer: Any) -> list[int]:
-    """What the tokenizer puts in front of a text."""
-    alone, whole = _ids(tokenizer, ["a"])[0], tokenizer("a")["input_ids"]
-    starts = [i for i in range(len(whole)) if whole[i : i + len(alone)] == alone]
-    return whole[: starts[0]] if starts else []
-
-
 def _prepare_text(
     rows: datasets.Dataset, tokenizer: Any, recipe: DataRecipe, length: int, max_blocks: int | None, where: str
 ) -> _Part:
-    head = _head(tokenizer)
+    head = head_of(tokenizer)
     context = max(len(head), 1)
     if length <= context:
         raise ValueError(f"max_length={length} leaves no room behind the {context} tokens that a block begins with")
@@ -194,7 +187,7 @@ def _token_stream(rows: datasets.Dataset, tokenizer: Any, name: str, enough: int
     stream: array[int] = array("i")
     end = [] if len(rows) == 1 or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for batch in _batches(rows):
-        for row in _ids(tokenizer, [text for text in batch[name] if text.strip()]):
+        for row in ids_of(tokenizer, [text for text in batch[name] if text.strip()]):
             stream.extend([*row, *end])
         if enough is not None and len(stream) >= enough:
             break
@@ -202,13 +195,13 @@ def _token_stream(rows: datasets.Dataset, tokenizer: Any, name: str, enough: int
 
 
 def _prepare_pairs(rows: datasets.Dataset, tokenizer: Any, recipe: DataRecipe, length: int, where: str) -> _Part:
-    head, end = _head(tokenizer), [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    head, end = head_of(tokenizer), [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ids, labels = _Lists(), _Lists()
     prompt_field, completion_field = text_fields(recipe)
     cut = dropped = 0
     for batch in _batches(rows):
         prompts = [prompt + recipe.completion_separator for prompt in batch[prompt_field]]
-        for prompt, completion in _tokenize_pairs(tokenizer, prompts, batch[completion_field]):
+        for prompt, completion in tokenize_pairs(tokenizer, prompts, batch[completion_field]):
             row = [*head, *prompt, *completion, *end]
             context = max(len(head) + len(prompt), 1)  # nothing predicts a first token
             if min(len(row), length) <= context:
@@ -220,18 +213,6 @@ def _prepare_pairs(rows: datasets.Dataset, tokenizer: Any, recipe: DataRecipe, l
     note = f", {cut:,} rows cut at {length} tokens" if cut else ""
     note += f", {dropped:,} rows dropped: no token of the completion within {length} tokens" if dropped else ""
     return _causal_part(ids, labels, "rows", where, note)
-
-
-def _tokenize_pairs(
-    tokenizer: Any, prompts: list[str], completions: list[str]
-) -> Iterator[tuple[list[int], list[int]]]:
-    """Token ids of prompt and completion: the prompt's as they are at inference, the completion's as they follow it."""
-    joint = _ids(tokenizer, [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)])
-    for prompt, whole, completion in zip(_ids(tokenizer, prompts), joint, completions, strict=True):
-        if whole[: len(prompt)] == prompt:
-            yield prompt, whole[len(prompt) :]
-        else:  # a token straddles the border ("x " + "y" may be "x", " y"): the model will not see it so at inference
-            yield prompt, _ids(tokenizer, [completion])[0]
 
 
 def _causal_part(ids: _Lists, labels: _Lists, unit: str, where: str, note: str) -> _Part:
@@ -326,5 +307,5 @@ def _digest(table: pa.Table) -> bytes:
     return digest.digest()
 
 
-def _sha256(digests: Iterable[bytes]) -> str:
+def _sha256(*digests: bytes) -> str:
     return hashlib.sha256(b"".join(digests)).hexdigest()

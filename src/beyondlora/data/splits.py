@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from .fields import DataRecipe, is_packed, text_fields
+from .fields import DataRecipe, answer_field, is_packed, text_fields
 from .labels import class_names, with_labels
 from .rows import arrow_column, read_rows
 
@@ -55,6 +55,9 @@ def read_checked(recipe: DataRecipe, name: str, split: str) -> datasets.Dataset:
         fields.append(recipe.image_field)
     if recipe.task != "causal-lm":
         fields.append(recipe.label_field)
+    answer = answer_field(recipe)
+    if answer is not None and answer not in fields:
+        fields.append(answer)
     rows = read_rows(name, split=split, config=recipe.dataset_config, columns=recipe.columns, fields=fields)
     for text in texts:
         kind = arrow_column(rows, text).type

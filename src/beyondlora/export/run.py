@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from .. import data as data_module
 from .. import models
-from ..attach import config_in
+from ..attach import config_in, holds_model
 from ..evaluate import Opened, device, locate, open_target
 from ..measure import as_dict, measure
 from ..progress import Progress
@@ -60,8 +60,11 @@ def export(
     if to == "merged" and (distil or rank or round_rank):
         raise ValueError("--distil, --rank and --round-rank shape a LoRA; a merged model has none.")
     check_free(folder)
+    source, _ = locate(target)
+    if holds_model(source):
+        raise ValueError(f"{source} is a whole model already, without an adapter to export: serve that folder.")
     if to == "lora":
-        check_config(config_in(locate(target)[0]), distilling=distil is not None)
+        check_config(config_in(source), distilling=distil is not None)
     progress = progress or Progress()
     report = report or distil is not None
     opened = open_target(target, data=data, recipe=recipe, needs_rows=report)
@@ -69,7 +72,8 @@ def export(
     distil_on = None
     if distil is not None:
         distil_on = _Shown(_batches(_rows_to_distil(opened, distil), opened.recipe), progress, "distilling")
-    model: Any = opened.load().to(device())
+    model: Any = opened.load()
+    model.to(device())
     batches, about = _to_compare(opened, model, evaluation, report, progress)
     score = partial(_score, evaluation, opened.recipe, progress) if report and evaluation else None
     shared = {"batches": batches, "score": score, "compared_on": about}
