@@ -64,6 +64,14 @@ def test_a_save_looks_even_where_nothing_says_that_a_factor_moved() -> None:
         check_manifold(nn.Sequential(layer))
 
 
+def test_a_save_brings_back_what_is_a_little_off() -> None:
+    layer, _ = stepped()
+    layer.weight.data.mul_(1.001)
+    with pytest.warns(UserWarning, match="left the manifold by .*brought back"):
+        check_manifold(layer)
+    assert distance_to_stiefel(layer.orthonormal) < 1e-6
+
+
 def test_a_copy_is_looked_at_afresh() -> None:
     layer, _ = stepped()
     twin = copy.deepcopy(layer)
@@ -163,6 +171,18 @@ def test_gradients_made_anew_for_every_step_are_told_of_too() -> None:
 
     with pytest.warns(UserWarning, match="not being trained"):
         [train_a_step() for _ in range(PATIENCE)]
+
+
+def test_a_factor_whose_own_optimizer_steps_seldom_is_not_told_of() -> None:
+    often, seldom = with_gradient(StiefelLinear(4, 16)), with_gradient(StiefelLinear(4, 16))
+    one, other = (torch.optim.SGD(layer.parameters(), 0.1) for layer in (often, seldom))
+    other.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(PATIENCE + 1):
+            with_gradient(often)
+            with_gradient(seldom)
+            one.step()
 
 
 def test_a_gradient_that_is_only_looked_at_is_not_told_of() -> None:

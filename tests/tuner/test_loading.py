@@ -204,3 +204,21 @@ def test_what_is_far_off_is_neither_saved_nor_merged_nor_exported(door, folder, 
     with pytest.raises(ValueError, match=r"off the manifold by 1\.[23].*Load a good checkpoint"):
         doors[door]()
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_one_optimizer_over_two_adapters_steps_the_active_one_alone(folder):
+    model = trained(folder)
+    model.add_adapter("second", STELLA.config(**CONFIG))
+    every = [p for p in model.parameters() if any(p is factor.weight for factor in factors(model).values())]
+    optimizer = torch.optim.AdamW(every, lr=0.05)
+    for active, other in (("second", "default"), ("default", "second")):
+        model.set_adapter(active)
+        before = {name: factor.weight.detach().clone() for name, factor in factors(model).items()}
+        for seed in range(2):
+            ids = small_models.tokens(seed=seed)
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        for name, factor in factors(model).items():
+            assert torch.equal(factor.weight, before[name]) == (f".{other}" in name), name
+        check(model)
