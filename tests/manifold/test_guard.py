@@ -94,10 +94,10 @@ def test_a_factor_on_the_meta_device_is_refused() -> None:
     ["LBFGS", "AdamWScheduleFree", "DummyOptim", "DeepSpeedZeroOptimizer_Stage3", "CPUOffloadOptimizer"],
 )
 def test_optimizers_that_cannot_are_refused_by_name(name: str) -> None:
-    kind = type(name, (torch.optim.SGD,), {})
+    kind = type("Mine", (type(name, (torch.optim.SGD,), {}),), {})
     layer = with_gradient(StiefelLinear(4, 64))
     before = layer.weight.detach().clone()
-    with pytest.raises(ValueError, match=f"{name} cannot step Stiefel factors: .*Take AdamW"):
+    with pytest.raises(ValueError, match="Mine cannot step Stiefel factors: .*Take AdamW"):
         kind(layer.parameters(), lr=0.1).step()
     assert torch.equal(layer.weight, before)
 
