@@ -283,10 +283,12 @@ def test_checkpoints_go_from_one_process_to_two_and_from_two_to_one(folder: Path
 
 
 @pytest.mark.parametrize("sizes", [(4, 16), (16, 4)], ids=["tall", "wide"])
-def test_a_step_of_absurd_size_lands_where_a_whole_factor_lands(sizes: tuple[int, int]) -> None:
+@pytest.mark.parametrize(("rate", "off"), [(1e7, 0.0), (0.1, 1e-3)], ids=["absurd", "off the manifold before"])
+@pytest.mark.filterwarnings("ignore:A Stiefel factor .* had left the manifold")
+def test_a_step_in_shards_lands_where_a_whole_factor_lands(sizes: tuple[int, int], rate: float, off: float) -> None:
     torch.manual_seed(0)
     whole, layer = (StiefelLinear(*sizes, dtype=torch.float64) for _ in range(2))
-    layer.load_state_dict(whole.state_dict())
+    nn.init.zeros_(layer.weight).data.add_(whole.weight.data.mul_(1 + off))
     gradient = torch.outer(torch.randn(sizes[1]), torch.randn(sizes[0])).double()
     distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
     try:
@@ -295,7 +297,7 @@ def test_a_step_of_absurd_size_lands_where_a_whole_factor_lands(sizes: tuple[int
         layer.weight.grad = distribute_tensor(gradient.clone(), mesh)
         whole.weight.grad = gradient
         for one in (layer, whole):
-            torch.optim.SGD(one.parameters(), 1e7).step()
+            torch.optim.SGD(one.parameters(), rate).step()
         assert isinstance(layer.weight, DTensor)
         torch.testing.assert_close(layer.weight.full_tensor(), whole.weight, rtol=0, atol=1e-8)  # of a step of 1e7
     finally:

@@ -97,7 +97,7 @@ def test_optimizers_that_cannot_are_refused_by_name(name: str) -> None:
     kind = type("Mine", (type(name, (torch.optim.SGD,), {}),), {})
     layer = with_gradient(StiefelLinear(4, 64))
     before = layer.weight.detach().clone()
-    with pytest.raises(ValueError, match="Mine cannot step Stiefel factors: .*Take AdamW"):
+    with pytest.raises(ValueError, match=r"Mine cannot step Stiefel factors: .*Take AdamW"):
         kind(layer.parameters(), lr=0.1).step()
     assert torch.equal(layer.weight, before)
 
