@@ -302,3 +302,19 @@ def test_a_step_in_shards_lands_where_a_whole_factor_lands(sizes: tuple[int, int
         torch.testing.assert_close(layer.weight.full_tensor(), whole.weight, rtol=0, atol=1e-8)  # of a step of 1e7
     finally:
         distributed.destroy_process_group()
+
+
+def test_a_step_in_shards_that_is_not_finite_is_refused_and_the_factor_stays() -> None:
+    """The gradient is finite here, and what the optimizer makes of it is not."""
+    layer = StiefelLinear(4, 16)
+    before = layer.weight.detach().clone()
+    distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        layer.weight = nn.Parameter(distribute_tensor(before, mesh))
+        layer.weight.grad = distribute_tensor(torch.randn(16, 4), mesh)
+        with pytest.raises(FloatingPointError, match="put back"):
+            torch.optim.SGD(layer.parameters(), float("inf")).step()
+        assert torch.equal(layer.weight.full_tensor(), before)
+    finally:
+        distributed.destroy_process_group()
