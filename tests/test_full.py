@@ -143,6 +143,15 @@ def test_damaged_weights_are_refused(damaged):
         evaluate(folder)
 
 
+def test_a_model_of_another_shape_is_refused(run, house, tmp_path):
+    folder = shutil.copytree(run[0], tmp_path / "run")
+    config = AutoModelForCausalLM.from_pretrained(house / "base").config
+    config.intermediate_size = 40
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "adapter")
+    with pytest.raises(ValueError, match=r"has shape .*the model wants"):
+        evaluate(folder)
+
+
 # In a grid -----------------------------------------------------------------------------------------------------------
 
 

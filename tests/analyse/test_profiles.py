@@ -187,6 +187,13 @@ def test_max_tokens_takes_the_first_ones_and_stops():
     agrees(of(layers), whole_outputs(model, batches(2))[:30], 1e-5)
 
 
+def test_max_tokens_holds_for_outputs_followed_whole_too():
+    model = lora(use_dora=True)
+    layers = profile(model, batches(), max_tokens=30)
+    assert {layer.tokens for layer in layers} == {30}
+    agrees(of(layers), whole_outputs(model, batches(2))[:30], 1e-5)
+
+
 def test_the_model_is_left_as_it_was():
     model = lora().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -203,6 +210,7 @@ def test_dead_units():
     with torch.no_grad():
         model.get_submodule(PATH).lora_B["default"].weight[:, 1] = 0
         model.get_submodule(PATH).lora_A["default"].weight[2] *= 1e-4
+        model.get_submodule(PATH).lora_A["default"].weight[3] *= 0.02  # weak, and alive
     layers = profile(model, batches())
     assert of(layers).dead_units == 0.5
     assert layers[0].dead_units == 0
