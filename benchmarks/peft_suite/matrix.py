@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item], config: pytest.Confi
     items[:] = ours
     for item in items:
         for reason, sign in NOT_HERE.items():
-            if sign.search(inspect.getsource(item.function)):
+            if sign.search(_source(item.function)):
                 item.add_marker(pytest.mark.skip(reason=reason))
         for exclusion in EXCLUSIONS[NAME]:
             if re.search(exclusion.pattern, item.nodeid):
@@ -148,9 +149,14 @@ def _is_ours(item: pytest.Item) -> bool:
     if "[NOTSET]" in item.nodeid:  # a matrix without a row for us
         return False
     if getattr(item.cls, "__name__", "") in STAND_INS:
-        return not (_unusable(item) or ABOUT_OTHERS.search(inspect.getsource(item.function)))
+        return not (_unusable(item) or ABOUT_OTHERS.search(_source(item.function)))
     values = getattr(item, "callspec", None)
     return values is not None and any(_is_our_config(value) for value in values.params.values())
+
+
+@cache
+def _source(function: Any) -> str:
+    return inspect.getsource(function)
 
 
 def _unusable(item: pytest.Item) -> bool:

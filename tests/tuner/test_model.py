@@ -251,6 +251,19 @@ def test_a_safe_merge_refuses_broken_weights_and_keeps_the_base():
 
 
 @mergeable
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_adapter_that_is_not_finite_is_refused_before_the_first_layer(method, value):
+    model = adapted(method, target_modules=["q_proj"])
+    last = list(layers(model).values())[-1]
+    for part in last.adapters["default"].parts().values():
+        part.weight.data[0] = value
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match="The adapter default seems to be broken"):
+            merge()
+    assert not any(layer.merged for layer in layers(model).values())
+
+
+@mergeable
 def test_conv1d_layers_of_gpt2_are_adapted_and_merged(method):
     model = adapted(method, base=small_models.gpt2(), target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)
     small_models.train_a_little(model)

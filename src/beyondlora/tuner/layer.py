@@ -128,20 +128,21 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             merged = merged + self.get_delta_weight(name).to(merged)
         merged = merged.to(original.dtype)
         if safe_merge and not torch.isfinite(merged).all():
-            raise ValueError(
-                f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken; the base "
-                "weight is as it was."
-            )
+            raise ValueError(_broken(names))
         if self._weight_before_merge is None:
             self._weight_before_merge = original.detach().to("cpu", copy=True)
         self.set_base_weight(merged)
         self.merged_adapters.extend(names)
 
     def check_mergeable(self, names: list[str]) -> None:
-        """Raise a ValueError if one of these adapters is no weight update."""
-        for name in names:
-            if name in self.adapters and self.adapters[name].merge_refusal:
-                raise ValueError(self.adapters[name].merge_refusal)
+        """Raise a ValueError if one of these adapters is no weight update, or not finite."""
+        for name in filter(self.adapters.__contains__, names):
+            adapter = self.adapters[name]
+            if adapter.merge_refusal:
+                raise ValueError(adapter.merge_refusal)
+            weights = [part.weight for part in adapter.parts().values()]
+            if not all(weight.is_meta or torch.isfinite(weight).all() for weight in weights):
+                raise ValueError(_broken([name]))
 
     def unmerge(self) -> None:
         """Put the base weight back as it was before the first merge, bit for bit where it is not quantised."""
@@ -199,3 +200,10 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return self.prefix.removesuffix("_") + "." + super().__repr__()
+
+
+def _broken(names: list[str]) -> str:
+    return (
+        f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken; the base weight is "
+        "as it was."
+    )
