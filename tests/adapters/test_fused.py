@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from beyondlora.adapters import Adapter
-from beyondlora.adapters.fused import DroppedLinear, dropped_linear, keep_mask
+from beyondlora.adapters.fused import BaseAndDown, Down
+from beyondlora.adapters.products import keep_mask
 
 every_row = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
 some_rows = pytest.mark.parametrize("name", ["lora", "cera-silu", "aurora-pooled-tanh", "stella-dense"])
@@ -132,7 +133,7 @@ def test_gradcheck(row: Row) -> None:
 def test_dropped_linear_equals_the_equation_with_its_mask(lead: tuple[int, ...]) -> None:
     x, W, upstream = fresh(*lead, 6).requires_grad_(), fresh(2, 6).requires_grad_(), fresh(*lead, 2)
     keep, share = keep_mask(x, 0.4)
-    z = DroppedLinear.apply(x, W, keep, share)
+    z = Down.apply(x, W, keep, share)
     expected = (x * keep.view(x.shape) / share) @ W.mT
     torch.testing.assert_close(z, expected, rtol=1e-12, atol=1e-12)
     gradients = torch.autograd.grad(z, (x, W), upstream), torch.autograd.grad(expected, (x, W), upstream)
@@ -161,12 +162,11 @@ def test_dropout_follows_torchs_seed_and_stops_in_eval() -> None:
     torch.testing.assert_close(adapter.eval().add_to(y, x), adapter(x), rtol=1e-12, atol=1e-12)
 
 
-def test_dropout_refuses_a_second_derivative_by_name() -> None:
-    x, down = fresh(4, 6).requires_grad_(), nn.Linear(6, 2, bias=False, dtype=torch.float64)
-    z = dropped_linear(x, down, nn.Dropout(0.5))
-    (dx,) = torch.autograd.grad(z.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
+def test_dropout_has_a_second_derivative() -> None:
+    x, W0, W = fresh(4, 6).requires_grad_(), fresh(5, 6), fresh(2, 6).requires_grad_()
+    keep, share = keep_mask(x, 0.4)
+    assert torch.autograd.gradgradcheck(lambda x, W: Down.apply(x, W, keep, share), (x, W))
+    assert torch.autograd.gradgradcheck(lambda x, W: BaseAndDown.apply(x, W0, None, W, keep, share), (x, W))
 
 
 def test_dropout_keeps_no_second_copy_of_the_input() -> None:
@@ -286,9 +286,136 @@ def test_inference_mode() -> None:
         torch.testing.assert_close(fast(adapter, y, x), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_mixed_dtypes_are_what_plus_makes_of_them() -> None:
+def test_mixed_dtypes_are_what_plus_makes_of_them_or_stay_in_ys_memory() -> None:
     adapter, y = ROWS["lora"].build(6, 5, 3).float(), fresh(4, 5).bfloat16()
     x = fresh(4, 6).float()
-    added = fast(adapter, y, x)
-    assert added.dtype == torch.float32
-    assert torch.equal(added, y + adapter(x))
+    expected = y + adapter(x)
+    assert expected.dtype == torch.float32
+    torch.testing.assert_close(adapter.add_to(y, x), expected, rtol=1e-5, atol=1e-6)
+    written = fast(adapter, y, x)
+    assert written.data_ptr() == y.data_ptr()
+    torch.testing.assert_close(written, expected.bfloat16(), rtol=2**-7, atol=0)
+
+
+# ------------------------------------------------------------------------------------------------ with the base layer
+
+
+def frozen(out: int, inputs: int, *, bias: bool = False, dtype: torch.dtype = torch.float64) -> nn.Linear:
+    return nn.Linear(inputs, out, bias=bias, dtype=dtype).requires_grad_(False)
+
+
+def together(adapter: Adapter, base: nn.Linear, x: Tensor) -> Tensor:
+    y = adapter.beside(base, x)
+    assert y is not None
+    return y
+
+
+def one_by_one(adapter: Adapter, base: nn.Linear, x: Tensor) -> Tensor:
+    return (base(x) + adapter(x.to(adapter.down.weight.dtype))).to(x.dtype)
+
+
+def gradients(
+    way: Callable[..., Tensor], adapter: Adapter, base: nn.Linear, x: Tensor, upstream: Tensor
+) -> list[Tensor]:
+    adapter, x = copy.deepcopy(adapter), x.clone().requires_grad_()
+    y = way(adapter, base, x)
+    y.backward(upstream)
+    return [y.detach(), x.grad, *(p.grad for p in adapter.parameters())]
+
+
+DYNAMIC = {name: row for name, row in ROWS.items() if row.build(6, 5, 3).beside(frozen(5, 6), fresh(4, 6)) is not None}
+
+
+def test_only_what_computes_its_own_down_projection_cannot() -> None:
+    assert [name for name in ROWS if name not in DYNAMIC] == [name for name in ROWS if "static" in name]
+
+
+@pytest.mark.parametrize("row", DYNAMIC.values(), ids=DYNAMIC)
+@pytest.mark.parametrize("lead", [(7,), (), (2, 3), (2, 0, 3), (300,)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("bias", [True, False])
+def test_base_and_branch_at_once_equal_the_definition(
+    row: Row, lead: tuple[int, ...], dtype: torch.dtype, bias: bool
+) -> None:
+    adapter, base = row.build(6, 5, 3).to(dtype), frozen(5, 6, bias=bias, dtype=dtype)
+    arguments = adapter, base, fresh(*lead, 6, dtype=dtype), fresh(*lead, 5, dtype=dtype)
+    for mine, definition in zip(gradients(together, *arguments), gradients(one_by_one, *arguments), strict=True):
+        torch.testing.assert_close(mine, definition, rtol=ROUNDING[dtype], atol=10 * ROUNDING[dtype])
+
+
+@some_rows
+def test_a_float32_branch_beside_a_bfloat16_layer(name: str) -> None:
+    adapter, base = ROWS[name].build(6, 5, 3).float(), frozen(5, 6, bias=True, dtype=torch.bfloat16)
+    arguments = adapter, base, fresh(2, 300, 6).bfloat16(), fresh(2, 300, 5).bfloat16()
+    mine, definition = gradients(together, *arguments), gradients(one_by_one, *arguments)
+    assert [t.dtype for t in mine] == [t.dtype for t in definition]
+    for a, b in zip(mine, definition, strict=True):
+        torch.testing.assert_close(a, b, rtol=2**-6, atol=2**-6 * b.abs().max().item())
+    # The weights' gradients are sums in float32 on both sides, from a bfloat16 input and the same upstream.
+    for a, b in zip(mine[2:], definition[2:], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3 * b.abs().max().item())
+
+
+@some_rows
+def test_nothing_of_the_inputs_or_the_outputs_size_is_kept_but_x(name: str) -> None:
+    adapter, base = ROWS[name].build(64, 48, 3).float(), frozen(48, 64, dtype=torch.bfloat16)
+    x, kept = torch.randn(1000, 64, dtype=torch.bfloat16, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = together(adapter, base, x)
+    assert all(t.numel() < 1000 * 40 for t in kept if t.data_ptr() != x.data_ptr())
+    assert y.dtype == torch.bfloat16
+
+
+def test_the_input_gets_one_gradient_and_not_two() -> None:
+    adapter, base, x = ROWS["cera-silu"].build(6, 5, 3), frozen(5, 6), fresh(4, 6).requires_grad_()
+    first = together(adapter, base, x).grad_fn
+    assert type(first).__name__ == "AddProductBackward"
+    assert type(first.next_functions[0][0]).__name__ == "BaseAndDownBackward"
+
+
+@pytest.mark.parametrize("row", SMOOTH.values(), ids=SMOOTH)
+def test_gradcheck_at_once(row: Row) -> None:
+    adapter, x, base = row.build(4, 3, 2, seed=2), fresh(3, 4).requires_grad_(), frozen(3, 4, bias=True)
+    call = lambda x, *weights: adapter.beside(base, x) if adapter.beside(base, x) is not None else x.sum()  # noqa: E731
+    weights = [p.requires_grad_() for p in adapter.parameters()]
+    assert torch.autograd.gradcheck(call, (x, *weights))
+    assert torch.autograd.gradgradcheck(call, (x, *weights))
+
+
+@pytest.mark.parametrize(
+    "circumstance", ["trains", "hook", "replaced forward", "no gradients", "down hook", "dropout hook"]
+)
+def test_where_somebody_watches_or_trains_they_are_called_one_by_one(circumstance: str) -> None:
+    adapter, base, x = ROWS["lora"].build(6, 5, 3, dropout=0.2).train(), frozen(5, 6), fresh(4, 6)
+    assert adapter.beside(base, x) is not None
+    if circumstance == "trains":
+        base.weight.requires_grad_()
+    elif circumstance == "hook":
+        base.register_forward_hook(lambda *_: None)
+    elif circumstance == "down hook":
+        adapter.down.register_forward_hook(lambda *_: None)
+    elif circumstance == "dropout hook":
+        adapter.dropout.register_forward_hook(lambda *_: None)
+    elif circumstance == "replaced forward":
+        base.forward = base.forward  # type: ignore[method-assign]
+    with torch.set_grad_enabled(circumstance != "no gradients"):
+        assert adapter.beside(base, x) is None
+
+
+@some_rows
+def test_at_once_under_autocast(name: str) -> None:
+    adapter, base, x = ROWS[name].build(6, 5, 3).float(), frozen(5, 6, bias=True).float(), fresh(4, 6).float()
+
+    def under(way: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*arguments: Any) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return way(*arguments)
+
+        return call
+
+    upstream = fresh(4, 5).bfloat16()
+    plainly = lambda adapter, base, x: base(x) + adapter(x)  # noqa: E731
+    mine, definition = (gradients(under(way), adapter, base, x, upstream) for way in (together, plainly))
+    for a, b in zip(mine, definition, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=0.05, atol=ROUNDING[torch.bfloat16])

@@ -84,7 +84,7 @@ def test_a_linear_branch_is_found_again():
     """On inputs where every bottleneck unit is positive, ReLU is the identity, and the nearest map is B·A itself."""
     model = get_peft_model(small_models.Perceptron(), beyondlora.CeraConfig(r=3, target_modules=["first"]))
     adapter = model.base_model.model.first.adapters["default"]
-    adapter.core[0] = torch.nn.ReLU()
+    adapter.core.activation = torch.nn.ReLU()
     torch.manual_seed(0)
     with torch.no_grad():
         adapter.down.weight.abs_()

@@ -7,7 +7,7 @@ Legend: T tokens (any leading dimensions), N inputs, M outputs, R rank.
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .fused import add_up, dropped_linear
+from .fused import add_up, base_and_down, dropped_linear
 from .reading import Reading
 
 
@@ -62,7 +62,22 @@ class Adapter(nn.Module):
 
     def hidden_fused(self, x_TN: Tensor) -> Tensor:
         """The same without a copy of x, dropout's mask drawn anew."""
-        return self.core(dropped_linear(x_TN, self.down, self.dropout))
+        return self.core(dropped_linear(x_TN, self.down, self.input_dropout))
+
+    @property
+    def input_dropout(self) -> nn.Module:
+        """The dropout between x and the down-projection."""
+        return self.dropout
+
+    def beside(self, base: nn.Module, x_TN: Tensor) -> Tensor | None:
+        """base(x) + self(x) in one go where base is a frozen linear layer and gradients are wanted; otherwise None."""
+        if self.reading is not None:
+            return None
+        started = base_and_down(x_TN, base, self.down, self.input_dropout)
+        if started is None:
+            return None
+        y_TM, z_TR = started
+        return add_up(y_TM, self.core(z_TR), self.up, self.scaling, overwrite=True)
 
     def add_to(self, y_TM: Tensor, x_TN: Tensor, *, overwrite: bool = False) -> Tensor:
         """y + self(x), in fewer passes over memory (see `beyondlora.adapters.fused`).

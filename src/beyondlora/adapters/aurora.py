@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from .adapter import Adapter
 from .bspline import SPLINES, PooledSpline
 from .cubic import AdaptiveCubic, UniformGrid
-from .fused import flat, has_hooks, is_eager
+from .fused import has_hooks, is_eager
+from .products import flat
 from .reading import Reading
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "leaky_relu": nn.LeakyReLU, "sigmoid": nn.Sigmoid}
@@ -193,6 +194,9 @@ class StaticAuroraAdapter(AuroraAdapter):
         return self.read(self.dropout(x_TN), self.static_down_weight())
 
     hidden_fused = hidden
+
+    def beside(self, base: nn.Module, x_TN: Tensor) -> None:
+        """No weight of its own meets x."""
 
     @property
     def merge_warning(self) -> str | None:

@@ -9,10 +9,23 @@ import torch
 from torch import nn
 
 from .adapter import Adapter, dropout_layer
-from .fused import dropped_linear
 from .reading import Reading
 
+NOTHING = nn.Identity()
 ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "relu": nn.ReLU, "identity": nn.Identity}
+
+
+class Gate(nn.Module):
+    """An activation, and dropout behind it."""
+
+    def __init__(self, activation: nn.Module, dropout: nn.Module) -> None:
+        super().__init__()
+        self.activation, self.dropout = activation, dropout
+
+    def forward(self, z_TR: torch.Tensor) -> torch.Tensor:
+        """Map (..., R) to (..., R)."""
+        h_TR = self.activation(z_TR)
+        return self.dropout(h_TR) if self.dropout.training else h_TR
 
 
 class CeraAdapter(Adapter):
@@ -58,7 +71,7 @@ class CeraAdapter(Adapter):
         super().__init__(down=down, up=up, scaling=scaling, reading=reading)
         self.activation = ACTIVATIONS[activation]()
         self.dropout = dropout_layer(dropout)
-        self.core = nn.Sequential(self.activation, self.dropout)
+        self.core = Gate(self.activation, self.dropout)
         self.reset_parameters(noop_start=noop_start)
 
     def reset_parameters(self, *, noop_start: bool = True) -> None:
@@ -73,9 +86,10 @@ class CeraAdapter(Adapter):
         """D_p(act(A x)), (..., R): no dropout on x."""
         return self.core(self.read(x_TN))
 
-    def hidden_fused(self, x_TN: torch.Tensor) -> torch.Tensor:
-        """The same; its dropout is R wide already."""
-        return self.core(dropped_linear(x_TN, self.down, nn.Identity()))
+    @property
+    def input_dropout(self) -> nn.Module:
+        """None: CeRA's is R wide, behind the activation."""
+        return NOTHING
 
     def static_down_weight(self) -> torch.Tensor:
         """act(A): what each column becomes; dropout is no part of it."""

@@ -1,8 +1,9 @@
 """The same branch in fewer passes over memory: y + s · up(h) in one multiplication, input dropout without a copy of x.
 
 LoRA's price is not its arithmetic (2·T·R·(M+N) beside 2·T·M·N) but its traffic: up(h), s · up(h) and the sum are three
-arrays of the size of the output, dropout two of the size of the input, all written, read and kept. Nothing here
-changes what is computed: `Adapter.forward` is the definition, and the tests hold the two together.
+arrays of the size of the output, dropout two of the size of the input, the gradients of x that base layer and branch
+make two more; beside a bfloat16 layer, all of them in float32. Nothing here changes what is computed:
+`Adapter.forward` is the definition, and the tests hold the two together.
 
 Legend: T tokens (any leading dimensions), N inputs, M outputs, R rank.
 """
@@ -12,13 +13,49 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 
 from ..manifold.linear import StiefelLinear
+from .products import add_product_, add_widened_, flat, keep_mask, masked, narrow, weight_gradient
 
 LINEAR = (nn.Linear.forward, StiefelLinear.forward)
-BLOCK = 256  # rows a piece: small enough for a cache, large enough for a matrix product
+
+
+def base_and_down(x_TN: Tensor, base: nn.Module, down: nn.Module, dropout: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """base(x) and down(dropout(x)) at once, so that x gets one gradient and not two to be added.
+
+    Args:
+        x_TN: the layer's input.
+        base: the frozen layer.
+        down: the down-projection; float32 beside a bfloat16 layer is fine.
+        dropout: on the down-projection's input.
+
+    Returns: (T, M) in the base layer's dtype and (T, R) in the down-projection's; None where they must be called one by
+        one: another kind of layer, one that trains, a hook, a compiler, no gradients.
+    """
+    if not (torch.is_grad_enabled() and is_eager() and is_frozen_linear(base) and is_plain_linear(down)):
+        return None
+    if not (is_dropping(dropout) or is_nothing(dropout)):
+        return None
+    biases: list[Tensor] = [] if base.bias is None else [base.bias]
+    x_TN, W_MN, A_RN, *biases = as_autocast(x_TN, x_TN, base.weight, down.weight, *biases)
+    if x_TN.dtype != W_MN.dtype or not widens(x_TN.dtype, A_RN.dtype):
+        return None
+    keep_TN, share = keep_mask(x_TN, dropout.p) if is_dropping(dropout) else (None, 1.0)
+    return BaseAndDown.apply(x_TN, W_MN, biases[0] if biases else None, A_RN, keep_TN, share)
+
+
+def dropped_linear(x_TN: Tensor, down: nn.Module, dropout: nn.Module) -> Tensor:
+    """down(dropout(x)); with dropout it keeps x, which is there anyway, and a byte an entry instead of two arrays."""
+    if not (torch.is_grad_enabled() and is_plain_linear(down) and is_eager()):
+        return down(x_TN if type(dropout) is nn.Identity else dropout(x_TN))
+    cast_TN, A_RN = as_autocast(x_TN, x_TN, down.weight)
+    if cast_TN.dtype != A_RN.dtype:
+        return down(dropout(x_TN))
+    if is_dropping(dropout):
+        return Down.apply(cast_TN, A_RN, *keep_mask(cast_TN, dropout.p))
+    return Down.apply(dropout(cast_TN), A_RN, None, 1.0)
 
 
 def add_up(y_TM: Tensor, h_TR: Tensor, up: nn.Module, scaling: float, *, overwrite: bool = False) -> Tensor:
@@ -31,34 +68,77 @@ def add_up(y_TM: Tensor, h_TR: Tensor, up: nn.Module, scaling: float, *, overwri
         scaling: s.
         overwrite: y was made for the caller and nobody else holds it.
 
-    Returns: a tensor of y's shape; y itself or its memory if overwritten. Where dtypes differ, what `+` makes of them.
+    Returns: a tensor of y's shape: y itself or its memory, and so its dtype, if overwritten; otherwise, where dtypes
+        differ, what `+` makes of them.
     """
     if not is_plain_linear(up):
         return y_TM + up(h_TR) * scaling
     h_TR, W_MR = as_autocast(y_TM, h_TR, up.weight)
-    if not y_TM.dtype == h_TR.dtype == W_MR.dtype:
+    if h_TR.dtype != W_MR.dtype or not widens(y_TM.dtype, W_MR.dtype):
         return y_TM + up(h_TR) * scaling
-    if not (overwrite and is_eager() and may_overwrite(y_TM)):
-        y_flat, h_flat = y_TM.reshape(-1, y_TM.shape[-1]), h_TR.reshape(-1, h_TR.shape[-1])
-        return torch.addmm(y_flat, h_flat, W_MR.mT, alpha=scaling).view(y_TM.shape)
-    if torch.is_grad_enabled():
-        return AddProduct.apply(y_TM, h_TR, W_MR, scaling)
-    y_TM.view(-1, y_TM.shape[-1]).addmm_(h_TR.reshape(-1, h_TR.shape[-1]), W_MR.mT, alpha=scaling)
-    return y_TM
+    if overwrite and is_eager() and may_overwrite(y_TM):
+        if torch.is_grad_enabled():
+            return AddProduct.apply(y_TM, h_TR, W_MR, scaling)
+        return add_product_(y_TM, h_TR, W_MR, scaling)
+    if y_TM.dtype != W_MR.dtype:
+        return torch.add(y_TM, up(h_TR), alpha=scaling)
+    return torch.addmm(flat(y_TM), flat(h_TR), W_MR.mT, alpha=scaling).view(y_TM.shape)
 
 
-def dropped_linear(x_TN: Tensor, down: nn.Module, dropout: nn.Module) -> Tensor:
-    """down(dropout(x)); with dropout it keeps x, which is there anyway, and a byte an entry instead of two arrays."""
-    if not (is_plain_linear(down) and is_eager()):
-        return down(dropout(x_TN))
-    cast_TN, W_RN = as_autocast(x_TN, x_TN, down.weight)
-    if cast_TN.dtype != W_RN.dtype:
-        return down(dropout(x_TN))
-    if not is_dropping(dropout):
-        return NarrowLinear.apply(dropout(cast_TN), W_RN)
-    x_TN = cast_TN
-    keep_TN, share = keep_mask(x_TN, dropout.p)
-    return DroppedLinear.apply(x_TN, W_RN, keep_TN, share)
+class BaseAndDown(torch.autograd.Function):
+    """x W0ᵀ + b and (x ∘ keep) Aᵀ / share. Saves x, the weights and the mask; x's gradient is one array."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_TN: Tensor, W_MN: Tensor, b_M: Tensor | None, A_RN: Tensor, keep_TN: Tensor | None, share: float
+    ) -> tuple[Tensor, Tensor]:
+        """Two products."""
+        ctx.save_for_backward(x_TN, W_MN, A_RN, keep_TN)
+        ctx.share = share
+        return F.linear(x_TN, W_MN, b_M), over(share, narrow(x_TN, A_RN, keep_TN))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """The branch's part of x's gradient is added into the base layer's."""
+        x_TN, W_MN, A_RN, keep_TN = ctx.saved_tensors
+        g_TM, g_TR = gradients[0], over(ctx.share, gradients[1])
+        dx_TN = dA_RN = None
+        if ctx.needs_input_grad[0] and torch.is_grad_enabled():
+            dx_TN = g_TM @ W_MN + masked(g_TR @ A_RN, keep_TN).to(x_TN.dtype)
+        elif ctx.needs_input_grad[0]:
+            dx_TN = x_TN.new_empty(
+                x_TN.shape
+            )  # behind `g @ W` it could be a view, and a view is never added to in place
+            torch.mm(flat(g_TM), W_MN, out=dx_TN.view(-1, W_MN.shape[1]))
+            add_widened_(dx_TN, g_TR, A_RN, keep_TN)
+        if ctx.needs_input_grad[3]:
+            dA_RN = weight_gradient(g_TR, x_TN, keep_TN)
+        return dx_TN, None, None, dA_RN, None, None
+
+
+class Down(torch.autograd.Function):
+    """(x ∘ keep) Aᵀ / share by itself, whose gradient of x autograd can add the base layer's to in place."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TN: Tensor, A_RN: Tensor, keep_TN: Tensor | None, share: float) -> Tensor:
+        """One product."""
+        ctx.save_for_backward(x_TN, A_RN, keep_TN)
+        ctx.share = share
+        return over(share, narrow(x_TN, A_RN, keep_TN))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """`F.linear` would return the gradient of x as a view, and a view is never added to in place."""
+        x_TN, A_RN, keep_TN = ctx.saved_tensors
+        g_TR = over(ctx.share, gradients[0])
+        dx_TN = dA_RN = None
+        if ctx.needs_input_grad[0] and torch.is_grad_enabled():
+            dx_TN = masked(g_TR @ A_RN, keep_TN)
+        elif ctx.needs_input_grad[0]:
+            dx_TN = add_widened_(x_TN.new_empty(x_TN.shape), g_TR, A_RN, keep_TN, beta=0)
+        if ctx.needs_input_grad[1]:
+            dA_RN = weight_gradient(g_TR, x_TN, keep_TN)
+        return dx_TN, dA_RN, None, None
 
 
 class AddProduct(torch.autograd.Function):
@@ -67,99 +147,27 @@ class AddProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y_TM: Tensor, h_TR: Tensor, W_MR: Tensor, scaling: float) -> Tensor:
         """One in-place product."""
-        # The alias has y's memory and version counter (a y that somebody saved is still noticed) and is no view to
-        # autograd: an in-place change of a view, which F.linear returns, would cost a copy of the gradient.
-        out_TM = y_TM.detach()
-        out_TM.view(-1, W_MR.shape[0]).addmm_(h_TR.reshape(-1, W_MR.shape[1]), W_MR.mT, alpha=scaling)
         ctx.save_for_backward(h_TR, W_MR)
         ctx.scaling = scaling
-        return out_TM
+        # The alias has y's memory and version counter (a y that somebody saved is still noticed) and is no view to
+        # autograd: an in-place change of a view, which F.linear returns, would cost a copy of the gradient.
+        return add_product_(y_TM.detach(), h_TR, W_MR, scaling)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient of y is that of the output, untouched; s is applied where it is R wide."""
         h_TR, W_MR = ctx.saved_tensors
-        g_TM = gradients[0].reshape(-1, W_MR.shape[0])
         dh_TR = dW_MR = None
-        # Both products with the narrow matrix first: the other order took up to seven times as long (docs/speed.md).
         if ctx.needs_input_grad[1]:
-            dh_TR = (W_MR.mT @ g_TM.mT).mT.mul(ctx.scaling).reshape(h_TR.shape)
+            dh_TR = narrow(gradients[0], W_MR.mT).mul(ctx.scaling)
         if ctx.needs_input_grad[2]:
-            dW_MR = (h_TR.reshape(-1, W_MR.shape[1]).mT @ g_TM).mT.mul(ctx.scaling)
+            dW_MR = weight_gradient(h_TR, gradients[0]).mT.mul(ctx.scaling)
         return gradients[0], dh_TR, dW_MR, None
 
 
-class NarrowLinear(torch.autograd.Function):
-    """x Wᵀ, whose gradient of x autograd can add the base layer's to in place."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TN: Tensor, W_RN: Tensor) -> Tensor:
-        """One product."""
-        ctx.save_for_backward(x_TN, W_RN)
-        return x_TN @ W_RN.mT
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """`F.linear` would return the gradient of x as a view, and a view is never added to in place."""
-        x_TN, W_RN = ctx.saved_tensors
-        dx_TN = dW_RN = None
-        if ctx.needs_input_grad[0] and torch.is_grad_enabled():
-            dx_TN = gradients[0] @ W_RN
-        elif ctx.needs_input_grad[0]:
-            dx_TN = x_TN.new_empty(x_TN.shape)
-            torch.mm(flat(gradients[0]), W_RN, out=dx_TN.view(-1, W_RN.shape[1]))
-        if ctx.needs_input_grad[1]:
-            dW_RN = flat(gradients[0]).mT @ flat(x_TN)
-        return dx_TN, dW_RN
-
-
-class DroppedLinear(torch.autograd.Function):
-    """(x ∘ keep) Wᵀ / share. Saves x, W and the mask; x ∘ keep exists a block of rows at a time."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TN: Tensor, W_RN: Tensor, keep_TN: Tensor, share: float) -> Tensor:
-        """Block by block."""
-        ctx.save_for_backward(x_TN, W_RN, keep_TN)
-        ctx.share = share
-        z_TR = x_TN.new_empty(keep_TN.shape[0], W_RN.shape[0])
-        for x, keep, z in zip(*(rows.split(BLOCK) for rows in (flat(x_TN), keep_TN, z_TR)), strict=True):
-            torch.mm(torch.where(keep, x, 0), W_RN.mT, out=z)
-        return z_TR.div_(share).view(*x_TN.shape[:-1], W_RN.shape[0])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Block by block again. Refuses to be differentiated itself, as torch words it."""
-        x_TN, W_RN, keep_TN = ctx.saved_tensors
-        g_TR = flat(gradients[0]) / ctx.share
-        dx_TN = x_TN.new_empty(x_TN.shape) if ctx.needs_input_grad[0] else None
-        dW_RN = torch.zeros_like(W_RN) if ctx.needs_input_grad[1] else None
-        for start in range(0, keep_TN.shape[0], BLOCK):
-            rows = slice(start, start + BLOCK)
-            if dx_TN is not None:
-                flat(dx_TN)[rows] = torch.where(keep_TN[rows], g_TR[rows] @ W_RN, 0)
-            if dW_RN is not None:
-                dW_RN.addmm_(g_TR[rows].mT, torch.where(keep_TN[rows], flat(x_TN)[rows], 0))
-        return dx_TN, dW_RN, None, None
-
-
-def keep_mask(like_TN: Tensor, p: float) -> tuple[Tensor, float]:
-    """A random mask (T, N) of the entries to keep, and the share of them expected: 1 − p to 16 bits.
-
-    Sixteen random bits an entry, compared with a threshold: a third of the time of `bernoulli_`, which draws one number
-    after the other.
-    """
-    dropped = min(max(round(p * 2**16), 1), 2**16 - 1)
-    keep_TN = torch.empty(flat(like_TN).shape, dtype=torch.bool, device=like_TN.device)
-    for rows in keep_TN.split(BLOCK):
-        words = torch.empty((rows.numel() + 3) // 4, dtype=torch.int64, device=rows.device).random_(-(2**63), None)
-        torch.ge(words.view(torch.int16)[: rows.numel()].view(rows.shape), dropped - 2**15, out=rows)
-    return keep_TN, 1 - dropped / 2**16
-
-
-def flat(x_TN: Tensor) -> Tensor:
-    """All leading dimensions as one."""
-    return x_TN.reshape(-1, x_TN.shape[-1])
+def over(share: float, x_TR: Tensor) -> Tensor:
+    """x / share, and x itself for 1."""
+    return x_TR if share == 1 else x_TR / share
 
 
 def as_autocast(like: Tensor, *operands: Tensor) -> tuple[Tensor, ...]:
@@ -169,6 +177,24 @@ def as_autocast(like: Tensor, *operands: Tensor) -> tuple[Tensor, ...]:
         return operands
     dtype = torch.get_autocast_dtype(device)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in operands)
+
+
+def widens(dtype: torch.dtype, to: torch.dtype) -> bool:
+    """Whether a sum of both dtypes is computed in the second."""
+    return torch.promote_types(dtype, to) == to
+
+
+def is_frozen_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """A linear layer that does not train and that nobody watches, with plain tensors for weights."""
+    if type(module).forward is not nn.Linear.forward or has_hooks(module):
+        return False
+    return all(type(p) in (Tensor, nn.Parameter) and not p.requires_grad for p in module.parameters())
+
+
+def is_nothing(module: nn.Module) -> bool:
+    """Dropout that drops nothing."""
+    idle = type(module) is nn.Dropout and (not module.training or module.p == 0)
+    return (idle or type(module) is nn.Identity) and not has_hooks(module)
 
 
 def is_dropping(module: nn.Module) -> TypeGuard[nn.Dropout]:
@@ -184,7 +210,8 @@ def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
 def has_hooks(module: nn.Module) -> bool:
     """Whether anybody would notice that the module is not called, or holds what it returned."""
     own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(own) or torch_module._has_any_global_hook()
+    replaced = "forward" in vars(module)  # accelerate's way to move weights in and out
+    return any(own) or replaced or torch_module._has_any_global_hook()
 
 
 def is_eager() -> bool:

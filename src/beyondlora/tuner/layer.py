@@ -86,7 +86,12 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             check_rows(x, adapter_names, merged=self.merged)
         if self.disable_adapters and self.merged:
             self.unmerge()
-        result = self.base_layer(x, *args, **kwargs)
+        active = [] if self.disable_adapters or self.merged or adapter_names is not None else self._active()
+        result = self._base_and_first(active, x) if torch.is_grad_enabled() and not (args or kwargs) else None
+        if result is not None:
+            active = active[1:]
+        else:
+            result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return result
         if self.quantization_backend is not None:
@@ -95,7 +100,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             return self._add_by_row(result, x, adapter_names)
         dtype = result.dtype
         ours = self._gives_its_output_away()
-        for adapter in self._active():
+        for adapter in active:
             if adapter.reading is None:
                 x_cast = self._cast_input_dtype(x, adapter.down.weight.dtype)
                 result = adapter.add_to(result, x_cast, overwrite=ours)
@@ -160,6 +165,14 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         """Whether the adapter is exactly a linear layer's weight update, which PEFT's `convert_to_lora` factorises."""
         adapter = self.adapters[adapter_name]
         return adapter.reading is None and not (adapter.merge_refusal or adapter.merge_warning)
+
+    def _base_and_first(self, active: list[Adapter], x: Tensor) -> Tensor | None:
+        """The base layer's output with the first adapter's branch in it, where both can be computed together."""
+        if not active or self.quantization_backend is not None:
+            return None
+        if not self.cast_input_dtype_enabled and x.dtype != active[0].down.weight.dtype:
+            return None  # the caller wants no dtype but x's
+        return active[0].beside(self.base_layer, x)
 
     def _gives_its_output_away(self) -> bool:
         # A linear layer keeps nothing of what it returns; of any other module or with a hook there is no saying.
