@@ -43,17 +43,26 @@ def __dir__() -> list[str]:
 
 
 class _RegisterWithPeft(MetaPathFinder):
-    """Lets the import of `peft` run as ever, and registers the methods right after it."""
+    """Lets the import of `peft` run as ever, and registers the methods right after it.
+
+    It stays until then: transformers and others ask for the spec only to learn whether PEFT is installed.
+    """
+
+    looking = False
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if fullname != "peft":
+        if fullname != "peft" or self.looking:
             return None
-        sys.meta_path.remove(self)
-        spec = find_spec("peft")
+        self.looking = True
+        try:
+            spec = find_spec("peft")
+        finally:
+            self.looking = False
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def execute_and_register(module: ModuleType) -> None:
+                sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not self]
                 execute(module)
                 importlib.import_module(".tuner", __name__)
 

@@ -1,5 +1,6 @@
 """The page and the pictures: whole, self-contained, and as a browser shows them."""
 
+import dataclasses
 import re
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ from beyondlora.compare import pictures
 from beyondlora.compare.arms import outcome_of
 from beyondlora.compare.grid import Grid
 from beyondlora.compare.report import page
-from beyondlora.compare.words import caption, markdown, verdicts
+from beyondlora.compare.words import caption, cells, markdown, verdicts
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium on the PATH to show the page")
@@ -101,6 +102,122 @@ def test_a_setting_with_a_diverged_run_is_not_chosen(outcome):
     assert bold.count("diverged") == 1
 
 
+# From lines to a table: what is chosen, and what a row says ----------------------------------------------------------
+
+
+def graded(accuracies, rates=(1e-3, 1e-2, 1e-1), seeds=(0, 1), order=1):
+    """A made-up grid: method -> {rate: accuracy on validation}; on test it is (seed + 1) / 10, best's more."""
+    mapping = {
+        "task": "sequence-classification",
+        "model_name_or_path": "demo",
+        "output_dir": "out",
+        "dataset_name": "rows.jsonl",
+        "grid": {
+            "methods": {name: {"peft_type": "LORA", "r": 2 + i} for i, name in enumerate(accuracies)},
+            "learning_rate": list(rates),
+            "seed": list(seeds),
+            "test_fraction": 0.5,
+        },
+    }
+    grid = Grid.from_mapping(mapping)
+    lines = []
+    for run in grid.runs:
+        correct = [float(row < 10 * (run.seed + 1) + 4 * (run.method == "best")) for row in range(100)]
+        lines.append(
+            {
+                "run": run.name,
+                "method": run.method,
+                "arm": run.arm,
+                "searched": run.searched,
+                "seed": run.seed,
+                "recipe": vars(run.recipe),
+                "status": "finished",
+                "error": "",
+                "validation": {"accuracy": {"value": accuracies[run.method][run.recipe.learning_rate]}},
+                "test": {"accuracy": {"value": sum(correct) / 100}},
+                "items": {"correct": correct},
+                "trainable_parameters": 1234,
+                "train_seconds": 10.0 + 4 * run.seed,
+                "peak_memory_bytes": 3 * 2**20,
+            }
+        )
+    return outcome_of(grid, lines[::order], title="graded")
+
+
+MIDDLE = {1e-3: 0.4, 1e-2: 0.6, 1e-1: 0.5}
+EDGE = {1e-3: 0.4, 1e-2: 0.6, 1e-1: 0.8}
+
+
+def test_the_best_on_validation_is_chosen_and_stands_first_whichever_way_is_better(outcome):
+    found = graded({"base": MIDDLE, "best": EDGE, "low": {1e-3: 0.3, 1e-2: 0.2, 1e-1: 0.1}})
+    assert [(arm.name, arm.chosen.learning_rate) for arm in found.arms] == [
+        ("best", 1e-1),
+        ("base", 1e-2),
+        ("low", 1e-3),
+    ]
+    assert [arm.at_edge for arm in found.arms] == [True, False, True]
+    assert not any(arm.at_edge for arm in graded({"base": {1e-2: 0.5}}, rates=[1e-2]).arms)
+    assert outcome.arms[0].method != "LoRA"  # of perplexities the lowest
+    assert {arm.chosen.learning_rate for arm in outcome.arms} == {1e-2}
+
+
+def test_lines_stand_in_the_order_of_their_seeds_however_they_were_finished():
+    (arm,) = graded({"base": MIDDLE}, seeds=(2, 0, 1), order=-1).arms
+    assert [line["seed"] for line in arm.lines] == [0, 1, 2]
+    assert arm.figures == pytest.approx([0.1, 0.2, 0.3])
+
+
+def test_a_row_says_what_its_runs_came_to():
+    found = graded({"base": MIDDLE, "best": EDGE})
+    best, base = (cells(found, arm) for arm in found.arms)
+    difference = found.comparisons["best"]
+    assert best[:6] == ["best", "1,234", "0.1*", "0.1900", f"{np.std([0.14, 0.24], ddof=1):.4f}", "+0.0400"]
+    assert best[6] == f"{difference.low:+.4f} to {difference.high:+.4f}"
+    assert difference.low < 0.04 < difference.high
+    assert best[7:] == [difference.verdict, "12 s", "3 MiB"]
+    assert base[:8] == ["base", "1,234", "0.01", "0.1500", f"{np.std([0.1, 0.2], ddof=1):.4f}", "", "", "baseline"]
+    (sentence,) = verdicts(found)
+    assert "Not the last word: the search ended at its edge for best." in sentence
+    (calm,) = verdicts(graded({"base": MIDDLE, "best": MIDDLE}))
+    assert "Not the last word" not in calm
+    searched = [line for line in markdown(found, command="c").splitlines() if "(chosen)" in line]
+    assert [line.split("|")[2].strip() for line in searched] == [
+        "learning_rate 0.1 (chosen)",
+        "learning_rate 0.01 (chosen)",
+    ]
+
+
+def test_an_arm_without_a_result_has_a_row_that_says_so():
+    whole = graded({"base": MIDDLE, "best": EDGE})
+    lines = [line | {"status": "failed", "error": "too wide"} for line in whole.lines]
+    arms = [dataclasses.replace(arm, chosen=None) for arm in whole.arms]
+    found = dataclasses.replace(whole, arms=arms, lines=lines, baseline=None, comparisons={})
+    assert [cells(found, arm)[7] for arm in found.arms] == ["no result"] * 2
+    assert "failed: too wide" in page(found, {}, command="c", machine=[])
+
+
+def test_one_seed_gives_no_verdict_and_says_so():
+    found = graded({"base": MIDDLE, "best": EDGE}, seeds=[0])
+    assert any("One seed" in note for note in found.notes)
+    assert not any("One seed" in note for note in graded({"base": MIDDLE}).notes)
+    (sentence,) = verdicts(found)
+    assert sentence.startswith("best cannot be told from base with one seed: +0.0400 accuracy on 100 rows")
+
+
+def test_a_p_value_is_never_said_more_exactly_than_it_is_known(outcome):
+    small = dataclasses.replace(outcome.comparisons["<b>bold</b> & Co"], p_corrected=1e-9)
+    assert "p = under 0.001" in verdicts(dataclasses.replace(outcome, comparisons={"LoRA r=2": small}))[0]
+
+
+def test_what_is_better_and_what_went_wrong_is_shown_as_that(shown):
+    assert '<span class="badge better">better</span>' in shown
+    assert '<span class="badge other">baseline</span>' in shown
+    assert "diverged: the loss became nan" in shown
+    assert "a &lt;machine&gt;" in shown
+    assert "<pre>beyondlora compare &#x27;a &amp; b.yaml&#x27;</pre>" in shown
+    assert "A setting with such a run is not chosen." in shown
+
+
 def test_every_figure_of_the_table_stands_on_the_page_and_in_the_markdown(outcome, shown):
     text = markdown(outcome, command="c")
     for arm in outcome.arms:
@@ -140,6 +257,34 @@ def test_pictures_are_xml_of_their_own_that_takes_the_page_s_colour(drawn, tmp_p
         assert not root.hasAttribute("width")
     points = drawn["parameters"][1]
     assert "trainable parameters" in points
+
+
+def test_the_differences_are_drawn_where_they_are(outcome):
+    caption, figure = pictures._differences(outcome, pictures._colors(outcome))
+    assert "left of 0 is better" in caption
+    drawn = [line.get_xdata() for line in figure.axes[0].lines[:-1]]  # the last one marks 0
+    names = [arm.name for arm in outcome.arms if arm.name in outcome.comparisons][::-1]
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == names
+    for number, name in enumerate(names):
+        found = outcome.comparisons[name]
+        assert list(drawn[2 * number]) == [found.low, found.high]
+        assert list(drawn[2 * number + 1]) == [found.difference]
+    raised, _ = pictures._differences(graded({"base": MIDDLE, "best": EDGE}), {"base": "b", "best": "r"})
+    assert "right of 0 is better" in raised
+
+
+def test_points_stand_at_the_mean_over_seeds(outcome):
+    _, figure = pictures._memory(outcome, pictures._colors(outcome))
+    points = sorted(place for bars in figure.axes[0].containers for place in zip(*bars[0].get_data(), strict=True))
+    expected = sorted((arm.mean_of("peak_memory_bytes") / 2**20, arm.figures.mean()) for arm in outcome.arms)
+    assert points == [pytest.approx(place) for place in expected]
+
+
+def test_a_setting_that_was_lost_is_crossed_out(outcome):
+    _, figure = pictures._learning_rates(outcome, pictures._colors(outcome))
+    crosses = [list(line.get_xdata()) for line in figure.axes[0].lines if line.get_marker() == "x"]
+    assert sorted(crosses) == [[], [], [1e-3]]  # of "bold" one seed diverged there
+    assert pictures._learning_rates(graded({"base": {1e-2: 0.5}}, rates=[1e-2]), {}) is None
 
 
 def browse(page_path: Path, *arguments: str) -> str:

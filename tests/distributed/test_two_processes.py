@@ -1,43 +1,194 @@
-"""Two gloo processes on a CPU train as one does (DDP); sharded factors are refused."""
+"""Two gloo processes on a CPU train as one does: DDP, and FSDP2 with factors in shards.
 
+The two processes are started once, do everything of `worker`, and leave what they saw in files.
+"""
+
+import json
 import socket
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import distributed, multiprocessing, nn
+from torch import Tensor, distributed, multiprocessing, nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import distribute_tensor
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from beyondlora.adapters import StellaAdapter
 from beyondlora.manifold import StiefelLinear, distance_to_stiefel
 
-STEPS, ROWS = 10, 8
+ROWS = 8
+Weights = dict[str, Tensor]
 
 
-def model() -> nn.Sequential:
+def model(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    """Factors that halve evenly and not, a rank of 1 that leaves a process nothing of Vᵀ, and a geodesic."""
     torch.manual_seed(0)
-    return nn.Sequential(StellaAdapter(12, 9, 3, grad_scaling=16.0), nn.Tanh(), StellaAdapter(9, 7, 3))
+    return nn.Sequential(
+        StellaAdapter(12, 9, 3, grad_scaling=16.0, dtype=dtype),
+        nn.Tanh(),
+        StellaAdapter(9, 8, 1, dtype=dtype),
+        nn.Tanh(),
+        StellaAdapter(8, 7, 3, retraction="exp_map", dtype=dtype),
+    )
 
 
-def train(net: nn.Module, parameters: Any, rank: int = 0, world: int = 1) -> None:
-    x, target = (torch.randn(STEPS, ROWS, width, generator=torch.Generator().manual_seed(width)) for width in (12, 7))
-    optimizer = torch.optim.AdamW(parameters, 0.01)
-    for step in range(STEPS):
+def sharded(net: nn.Sequential) -> nn.Sequential:
+    for layer in net:
+        fully_shard(layer) if isinstance(layer, StellaAdapter) else None
+    return fully_shard(net)
+
+
+def adamw(net: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(net.parameters(), 0.01)
+
+
+def sgd(net: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(net.parameters(), 0.05, momentum=0.9)
+
+
+def train(
+    net: nn.Module, optimizer: torch.optim.Optimizer, steps: range, rank: int = 0, world: int = 1
+) -> torch.optim.Optimizer:
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        dtype = next(net.parameters()).dtype
+        x, target = (torch.randn(ROWS, width, generator=generator).to(dtype) for width in (12, 7))
         optimizer.zero_grad()
-        (net(x[step, rank::world]) - target[step, rank::world]).square().mean().backward()
+        (net(x[rank::world]) - target[rank::world]).square().mean().backward()
         optimizer.step()
+    return optimizer
 
 
-def worker(rank: int, port: int, folder: str) -> None:
+def alone(steps: int, make: Callable[[nn.Module], torch.optim.Optimizer], dtype: torch.dtype) -> Weights:
+    net = model(dtype)
+    train(net, make(net), range(steps))
+    return net.state_dict()
+
+
+# What each of the two processes does ------------------------------------------------------------------------------
+
+
+class Collectives(TorchDispatchMode):
+    """Notes how many numbers every collective call takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "c10d" in func.namespace and not func.__name__.startswith(("wait_tensor", "_wrap")):
+            self.sizes.append((func.__name__, args[0].numel()))
+        return func(*args, **(kwargs or {}))
+
+
+def worker(rank: int, port: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    address = f"tcp://127.0.0.1:{port}"
+    # A call that one process leaves out is an error after some minutes, and no test that never ends.
+    distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2, timeout=timedelta(minutes=4))
+    found: dict[str, Any] = {}
     net = model()
-    train(DistributedDataParallel(net), net.parameters(), rank, 2)
-    torch.save(net.state_dict(), Path(folder) / f"{rank}.pt")
+    train(DistributedDataParallel(net), adamw(net), range(50), rank, 2)
+    found["ddp"] = net.state_dict()
+    for name, make, dtype in (("float64", adamw, torch.float64), ("float32", sgd, torch.float32)):
+        net = sharded(model(dtype))
+        optimizer = train(net, make(net), range(20), rank, 2)
+        found[name] = get_model_state_dict(net, options=StateDictOptions(full_state_dict=True))
+    found["collectives"] = collectives(net, optimizer)
+    found["off"] = off(net, optimizer, rank)
+    found["poison"] = poisoned(net, optimizer, rank)
+    found["skipped"] = poisoned(net, Skipping(net.parameters(), 0.1), rank)
+    found["resumed"] = resumed(folder, rank)
+    torch.save(found, folder / f"{rank}.pt")
     distributed.destroy_process_group()
+
+
+def collectives(net: nn.Module, optimizer: torch.optim.Optimizer) -> str:
+    with Collectives() as seen:
+        optimizer.step()
+    return json.dumps(seen.sizes)
+
+
+def off(net: nn.Module, optimizer: torch.optim.Optimizer, rank: int) -> list[str]:
+    """What is said of a factor that one process has moved by hand, a little and a lot, and where it is afterwards."""
+    said = []
+    local = net[0].up.weight.detach().to_local()
+    for factor in (1.001, 1.5):
+        local.mul_(factor if rank == 1 else 1.0)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                optimizer.step()
+            except ValueError as error:
+                said.append(str(error))
+                local.div_(factor if rank == 1 else 1.0)
+        said += [str(warning.message) for warning in caught if "Stiefel" in str(warning.message)]
+        said.append(f"{distance_to_stiefel(net[0].up.weight.full_tensor()).item():.0e}")
+    return said
+
+
+class Skipping(torch.optim.SGD):
+    """As a fused optimizer that a gradient scaler tells of an infinite gradient."""
+
+    def step(self, closure: Any = None) -> None:
+        pass
+
+
+def poisoned(net: nn.Module, optimizer: torch.optim.Optimizer, rank: int) -> tuple[str, bool]:
+    """What a nan in the gradient's rows of one process does."""
+    before = {name: weight.full_tensor() for name, weight in net.named_parameters()}
+    if rank == 0:
+        net[0].up.weight.grad.detach().to_local()[0, 0] = float("nan")
+    try:
+        optimizer.step()
+        message = ""
+    except FloatingPointError as error:
+        message = str(error)
+    factors = (name for name in before if "core" not in name)
+    now = dict(net.named_parameters())
+    same = [torch.equal(now[name].full_tensor(), before[name]) for name in factors]  # every process gathers every one
+    return message, all(same)
+
+
+def resumed(folder: Path, rank: int) -> Weights:
+    """Leaves a checkpoint of two processes after 10 steps; goes on, from one that a single process left, to 20."""
+    net = sharded(model(torch.float64))
+    optimizer = train(net, adamw(net), range(10), rank, 2)
+    save(net, optimizer, folder / "of-two")
+    net = sharded(model(torch.float64))
+    optimizer = adamw(net)
+    load(net, optimizer, folder / "of-one")
+    train(net, optimizer, range(10, 20), rank, 2)
+    return get_model_state_dict(net, options=StateDictOptions(full_state_dict=True))
+
+
+def save(net: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    weights, state = get_state_dict(net, optimizer)
+    checkpoint.save({"model": weights, "optimizer": state}, checkpoint_id=folder)
+
+
+def load(net: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    weights, state = get_state_dict(net, optimizer)
+    kept = {"model": weights, "optimizer": state}
+    checkpoint.load(kept, checkpoint_id=folder)
+    set_state_dict(net, optimizer, model_state_dict=kept["model"], optim_state_dict=kept["optimizer"])
+
+
+# What is true of it -----------------------------------------------------------------------------------------------
 
 
 def free_port() -> int:
@@ -46,29 +197,124 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    alone = model()
-    train(alone, alone.parameters())
-    multiprocessing.spawn(worker, (free_port(), str(tmp_path)), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    for name, value in alone.state_dict().items():
-        assert torch.equal(first[name], second[name])
-        torch.testing.assert_close(first[name], value, rtol=0, atol=1e-5)  # float32 means of halves, through Adam
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the two processes left what they found."""
+    place = tmp_path_factory.mktemp("two")
+    net = model(torch.float64)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        save(net, train(net, adamw(net), range(10)), place / "of-one")
+    multiprocessing.spawn(worker, (free_port(), place), nprocs=2)
+    return place
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    first, second = (torch.load(folder / f"{rank}.pt") for rank in (0, 1))
+    return first, second
+
+
+def assert_close(ours: Weights, expected: Weights, atol: float) -> None:
+    assert list(ours) == list(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(ours[name], value, rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def assert_orthonormal(weights: Weights) -> None:
+    for name, value in weights.items():
         if "core" not in name:
-            tall = value if value.shape[0] > value.shape[1] else value.mT
-            mine = first[name] if tall is value else first[name].mT
-            assert distance_to_stiefel(mine) <= 1e-6
+            assert distance_to_stiefel(value if value.shape[0] > value.shape[1] else value.mT) <= 1e-6, name
 
 
-def test_sharded_factors_are_refused_before_anything_moved() -> None:
+def test_under_ddp_both_hold_the_same_bits_after_fifty_steps_and_what_one_process_holds(found: Any) -> None:
+    first, second = (process["ddp"] for process in found)
+    assert_close(first, second, atol=0)
+    assert_close(first, alone(50, adamw, torch.float32), atol=1e-4)  # float32 means of halves, through Adam
+    assert_orthonormal(first)
+
+
+@pytest.mark.parametrize(("name", "make", "atol"), [("float64", adamw, 1e-10), ("float32", sgd, 1e-6)])
+def test_in_shards_they_train_as_one_process_does(name: str, make: Any, atol: float, found: Any) -> None:
+    expected = alone(20, make, getattr(torch, name))
+    start = model(getattr(torch, name)).state_dict()
+    for process in found:
+        assert_close(process[name], expected, atol)
+    assert_orthonormal(found[0][name])
+    assert all((expected[key] - start[key]).abs().max() > 1e-2 for key in expected)  # every weight moved
+
+
+def test_between_processes_go_sums_of_r_by_r_matrices_and_nothing_larger_than_a_factor(found: Any) -> None:
+    seen = json.loads(found[0]["collectives"])
+    assert seen == json.loads(found[1]["collectives"])
+    sums = [size for name, size in seen if "all_reduce" in name]
+    others = [size for name, size in seen if "all_reduce" not in name]
+    # Polar factors of rank 3 and of rank 1: one sum before the step and two after it; geodesics need no third.
+    assert sorted(sums) == sorted([2 * 2 * 9, 2 * 9, 2 * 9, 2 * 2 * 1, 2 * 1, 2 * 1, 2 * 2 * 9, 2 * 9])
+    assert max(others) <= 12 * 3
+
+
+def test_a_factor_that_one_process_has_moved_is_brought_back_or_refused_by_both(found: Any) -> None:
+    for process in found:
+        warning, back, error, _ = process["off"]
+        assert "shape (9, 3) had left the manifold by" in warning
+        assert float(back) <= 1e-6
+        assert "shape (9, 3) is off the manifold by" in error
+
+
+def test_a_nan_of_one_process_is_refused_by_both_and_the_factors_stay(found: Any) -> None:
+    for process in found:
+        message, stayed = process["poison"]
+        assert "SGD made Stiefel factors nan or infinite" in message
+        assert stayed
+        assert process["skipped"] == ("", True)
+
+
+def test_checkpoints_go_from_one_process_to_two_and_from_two_to_one(folder: Path, found: Any) -> None:
+    expected = alone(20, adamw, torch.float64)
+    assert_close(found[0]["resumed"], expected, atol=1e-10)
+    net = model(torch.float64)
+    optimizer = adamw(net)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        load(net, optimizer, folder / "of-two")
+    train(net, optimizer, range(10, 20))
+    assert_close(net.state_dict(), expected, atol=1e-10)
+
+
+@pytest.mark.parametrize("sizes", [(4, 16), (16, 4)], ids=["tall", "wide"])
+@pytest.mark.parametrize(("rate", "off"), [(1e7, 0.0), (0.1, 1e-3)], ids=["absurd", "off the manifold before"])
+@pytest.mark.filterwarnings("ignore:A Stiefel factor .* had left the manifold")
+def test_a_step_in_shards_lands_where_a_whole_factor_lands(sizes: tuple[int, int], rate: float, off: float) -> None:
+    torch.manual_seed(0)
+    whole, layer = (StiefelLinear(*sizes, dtype=torch.float64) for _ in range(2))
+    nn.init.zeros_(layer.weight).data.add_(whole.weight.data.mul_(1 + off))
+    gradient = torch.outer(torch.randn(sizes[1]), torch.randn(sizes[0])).double()
     distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
     try:
-        mesh, layer = init_device_mesh("cpu", (1,)), StiefelLinear(4, 16)
+        mesh = init_device_mesh("cpu", (1,))
         layer.weight = nn.Parameter(distribute_tensor(layer.weight.detach(), mesh))
+        layer.weight.grad = distribute_tensor(gradient.clone(), mesh)
+        whole.weight.grad = gradient
+        for one in (layer, whole):
+            torch.optim.SGD(one.parameters(), rate).step()
+        assert isinstance(layer.weight, DTensor)
+        torch.testing.assert_close(layer.weight.full_tensor(), whole.weight, rtol=0, atol=1e-8)  # of a step of 1e7
+    finally:
+        distributed.destroy_process_group()
+
+
+def test_a_step_in_shards_that_is_not_finite_is_refused_and_the_factor_stays() -> None:
+    """The gradient is finite here, and what the optimizer makes of it is not."""
+    layer = StiefelLinear(4, 16)
+    before = layer.weight.detach().clone()
+    distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        layer.weight = nn.Parameter(distribute_tensor(before, mesh))
         layer.weight.grad = distribute_tensor(torch.randn(16, 4), mesh)
-        before = layer.weight.full_tensor().clone()
-        with pytest.raises(ValueError, match=r"sharded over processes.*use DDP"):
-            torch.optim.SGD(layer.parameters(), 0.1).step()
+        with pytest.raises(FloatingPointError, match="put back"):
+            torch.optim.SGD(layer.parameters(), float("inf")).step()
         assert torch.equal(layer.weight.full_tensor(), before)
     finally:
         distributed.destroy_process_group()

@@ -122,7 +122,7 @@ def test_compare_chooses_and_reports_by_what_was_asked(place, tmp_path):
     settings = {
         "methods": {"LoRA": {"peft_type": "LORA"}, "all": {"peft_type": "FULL"}},
         "learning_rate": [1e-2],
-        "seed": [0, 1],
+        "seed": [0],
         "test_fraction": 0.5,
     }
     shared = {"r": 2, "target_modules": "all-linear"}
@@ -183,6 +183,18 @@ def test_the_most_likely_option_is_that_of_the_models_own_loss(examined):
 )
 def test_the_first_option_named(text, named):
     assert first_named(text, ["answer1", "answer2", "answer3"]) == named
+
+
+def test_options_stand_by_themselves_where_the_completion_does_not_say_one(place, tmp_path):
+    unsaid = {"output": "who can know", "answer": "dog"}
+    rows = [unsaid | {"instruction": f"{number}? answer format: cat/dog"} for number in range(9)]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    made = recipe(place, tmp_path, dataset_name=str(tmp_path / "rows.jsonl"))
+    tokenizer = models.load_processor(made.model_name_or_path, task=made.task)
+    question = data.prepare_evaluation(made, tokenizer).questions[0]
+    for option, name in zip(question.options, ("cat", "dog"), strict=True):
+        scored = [label for label in option.row["labels"] if label != -100]
+        assert tokenizer.decode(scored) == " ".join(name) + " </s>"
 
 
 def test_options_are_literal_and_the_longer_one_wins():
@@ -251,7 +263,10 @@ def test_drawing_answers_disturbs_neither_mode_nor_generators(examined):
 def test_a_prompt_that_is_too_long_loses_its_start(place, tmp_path):
     made = recipe(place, tmp_path, max_length=70, metrics=["exact_match"], num_return_sequences=1, temperature=0)
     tokenizer = models.load_processor(made.model_name_or_path, task=made.task)
-    for question in data.prepare_evaluation(made, tokenizer).questions:
+    evaluation = data.prepare_evaluation(made, tokenizer)
+    assert "24 prompts lose their start" in evaluation.description
+    assert "lose" not in data.prepare_evaluation(recipe(place, tmp_path), tokenizer).description
+    for question in evaluation.questions:
         whole = tokenizer(question.prompt + "\n", add_special_tokens=False)["input_ids"]
         assert question.input_ids == whole[-58:] != whole
 

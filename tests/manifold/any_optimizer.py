@@ -146,9 +146,13 @@ def plain(run: Regression) -> None:
 
 def variant(run: Regression, **options: bool) -> None:
     """torch's implementation of that name (loop: `foreach=False`)."""
+    check_offered(run, options)
+    run.steps(run.optimizer(**options))
+
+
+def check_offered(run: Regression, options: dict[str, bool]) -> None:
     if not set(options) <= set(inspect.signature(getattr(run.make, "func", run.make)).parameters):
         raise NotOfferedError
-    run.steps(run.optimizer(**options))
 
 
 def groups(run: Regression) -> None:
@@ -194,9 +198,9 @@ def accelerated(run: Regression) -> None:
         step(optimizer, run)
 
 
-def scaled(run: Regression, poisoned: int | None = None) -> None:
+def scaled(run: Regression, poisoned: int | None = None, **options: bool) -> None:
     """A gradient scaler."""
-    optimizer, scaler = run.optimizer(), torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    optimizer, scaler = run.optimizer(**options), torch.amp.GradScaler("cpu", init_scale=2.0**8)
     for count in range(STEPS):
         optimizer.zero_grad()
         scaler.scale(run.loss()).backward()
@@ -210,9 +214,10 @@ def scaled(run: Regression, poisoned: int | None = None) -> None:
             raise WrongResultError(f"a step {'did nothing' if still else 'that was to be skipped was taken'}")
 
 
-def skipped(run: Regression) -> None:
+def skipped(run: Regression, **options: bool) -> None:
     """A gradient scaler that skips a step because of an infinite gradient."""
-    scaled(run, poisoned=1)
+    check_offered(run, options)
+    scaled(run, poisoned=1, **options)
 
 
 def nested(run: Regression) -> None:
@@ -296,6 +301,7 @@ WRAPPERS: dict[str, Callable[[Regression], None]] = {
     "accelerate": accelerated,
     "scaler": scaled,
     "skipped": skipped,
+    "skipped, fused": partial(skipped, fused=True),
     "nested": nested,
     "deepcopy": copied,
     "state dict": reloaded,

@@ -7,6 +7,7 @@ import any_optimizer
 import pytest
 
 from beyondlora.doctor.optimizers import HOMES
+from beyondlora.manifold import distance_to_stiefel
 
 DOCUMENT = (Path(__file__).resolve().parents[2] / "docs/optimizers.md").read_text(encoding="utf-8")
 
@@ -35,3 +36,15 @@ def test_an_optimizer_does_what_the_document_says(name: str) -> None:
 
 def test_every_optimizer_at_hand_is_in_the_document() -> None:
     assert set(any_optimizer.optimizers()) <= set(documented())
+
+
+def test_what_schedule_free_optimizers_evaluate_is_off_the_manifold() -> None:
+    """Why they are refused: with algorithm 1 around them they train orthonormal factors, and evaluate others."""
+    pytest.importorskip("schedulefree")
+    make = any_optimizer.optimizers()["schedule-free AdamWScheduleFree"]
+    run = any_optimizer.Regression("euclidean", make, any_optimizer.Literal)
+    optimizer = run.optimizer()
+    run.steps(optimizer, 10)
+    assert distance_to_stiefel(run.model.up.weight) < 1e-6
+    optimizer.eval()
+    assert distance_to_stiefel(run.model.up.weight) > 1e-2

@@ -9,6 +9,7 @@ from torch import nn
 
 from beyondlora.manifold import StiefelLinear, distance_to_stiefel
 from beyondlora.manifold.guard import PATIENCE, check_manifold
+from beyondlora.manifold.moves import Stack
 
 
 def with_gradient(layer: StiefelLinear) -> StiefelLinear:
@@ -28,7 +29,7 @@ def test_a_factor_a_little_off_is_brought_back_at_the_next_step_and_said_so() ->
     layer, optimizer = stepped()
     with torch.no_grad():
         layer.weight.copy_(layer.weight.bfloat16())
-    assert distance_to_stiefel(layer.orthonormal) > 1e-4
+    assert distance_to_stiefel(with_gradient(layer).orthonormal) > 1e-4
     with pytest.warns(UserWarning, match=r"shape \(64, 4\) had left the manifold by .*brought back"):
         optimizer.step()
     assert distance_to_stiefel(layer.orthonormal) < 1e-6
@@ -63,6 +64,14 @@ def test_a_save_looks_even_where_nothing_says_that_a_factor_moved() -> None:
         check_manifold(nn.Sequential(layer))
 
 
+def test_a_save_brings_back_what_is_a_little_off() -> None:
+    layer, _ = stepped()
+    layer.weight.data.mul_(1.001)
+    with pytest.warns(UserWarning, match="left the manifold by .*brought back"):
+        check_manifold(layer)
+    assert distance_to_stiefel(layer.orthonormal) < 1e-6
+
+
 def test_a_copy_is_looked_at_afresh() -> None:
     layer, _ = stepped()
     twin = copy.deepcopy(layer)
@@ -85,10 +94,10 @@ def test_a_factor_on_the_meta_device_is_refused() -> None:
     ["LBFGS", "AdamWScheduleFree", "DummyOptim", "DeepSpeedZeroOptimizer_Stage3", "CPUOffloadOptimizer"],
 )
 def test_optimizers_that_cannot_are_refused_by_name(name: str) -> None:
-    kind = type(name, (torch.optim.SGD,), {})
+    kind = type("Mine", (type(name, (torch.optim.SGD,), {}),), {})
     layer = with_gradient(StiefelLinear(4, 64))
     before = layer.weight.detach().clone()
-    with pytest.raises(ValueError, match=f"{name} cannot step Stiefel factors: .*Take AdamW"):
+    with pytest.raises(ValueError, match=r"Mine cannot step Stiefel factors: .*Take AdamW"):
         kind(layer.parameters(), lr=0.1).step()
     assert torch.equal(layer.weight, before)
 
@@ -139,6 +148,7 @@ def test_an_adapter_added_after_the_optimizer_is_told_of() -> None:
     optimizer = torch.optim.SGD(first.parameters(), 0.1)
 
     def train_a_step() -> None:
+        with_gradient(first)
         late.weight.grad.add_(1.0)  # as a backward pass does that nobody clears
         optimizer.step()
 
@@ -154,6 +164,7 @@ def test_gradients_made_anew_for_every_step_are_told_of_too() -> None:
     optimizer = torch.optim.SGD(first.parameters(), 0.1)
 
     def train_a_step() -> None:
+        with_gradient(first)
         late.zero_grad()
         late(torch.ones(2, 4)).sum().backward()
         optimizer.step()
@@ -162,13 +173,70 @@ def test_gradients_made_anew_for_every_step_are_told_of_too() -> None:
         [train_a_step() for _ in range(PATIENCE)]
 
 
+def test_a_factor_whose_own_optimizer_steps_seldom_is_not_told_of() -> None:
+    often, seldom = with_gradient(StiefelLinear(4, 16)), with_gradient(StiefelLinear(4, 16))
+    one, other = (torch.optim.SGD(layer.parameters(), 0.1) for layer in (often, seldom))
+    other.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(PATIENCE + 1):
+            with_gradient(often)
+            with_gradient(seldom)
+            one.step()
+
+
 def test_a_gradient_that_is_only_looked_at_is_not_told_of() -> None:
     first, looked_at = with_gradient(StiefelLinear(4, 16)), with_gradient(StiefelLinear(4, 16))
     optimizer = torch.optim.SGD(first.parameters(), 0.1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        [optimizer.step() for _ in range(PATIENCE + 1)]
+        for _ in range(PATIENCE + 1):
+            with_gradient(first)
+            optimizer.step()
     assert looked_at.weight.grad is not None
+
+
+def test_a_factor_in_two_optimizers_is_told_of_where_both_step_on_one_gradient() -> None:
+    layer = with_gradient(StiefelLinear(4, 64))
+    one, other = torch.optim.SGD(layer.parameters(), 0.1), torch.optim.AdamW(layer.parameters(), 0.01)
+    one.step()
+    with pytest.warns(UserWarning, match=r"1 Stiefel factors are stepped on gradients .*second optimizer"):
+        other.step()
+    assert distance_to_stiefel(layer.orthonormal) <= 1e-6
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for optimizer in (one, other):  # each on a gradient of its own
+            with_gradient(layer)
+            optimizer.step()
+        with torch.no_grad():
+            layer.weight.grad.zero_().add_(torch.randn(64, 4))  # zeroed in place, and another backward pass
+        one.step()
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
+def test_a_factor_that_an_optimizer_has_twice_is_converted_and_retracted_once() -> None:
+    once, twice = StiefelLinear(4, 64), StiefelLinear(4, 64)
+    twice.load_state_dict(once.state_dict())
+    twice.weight.grad = with_gradient(once).weight.grad.clone()
+    torch.optim.SGD([once.weight], 0.2).step()
+    torch.optim.SGD([twice.weight, twice.weight], 0.1, foreach=False).step()
+    torch.testing.assert_close(twice.weight, once.weight, rtol=0, atol=1e-6)
+
+
+def test_what_a_stack_refused_is_told_with_the_next_save() -> None:
+    layers = [StiefelLinear(4, 64) for _ in range(3)]
+    stack = Stack(layers)  # the form for CUDA, which cannot raise without waiting for the device
+    for layer in layers:
+        with_gradient(layer)
+    layers[1].weight.grad[0, 0] = float("nan")
+    with torch.no_grad():
+        stack.begin()
+        stack.end()
+    with pytest.warns(UserWarning, match="1 steps of single Stiefel factors were refused since the last save"):
+        check_manifold(nn.ModuleList(layers))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_manifold(nn.ModuleList(layers))  # once
 
 
 def test_a_gradient_scaler_skips_and_steps() -> None:

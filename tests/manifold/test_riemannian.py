@@ -23,6 +23,7 @@ from beyondlora.manifold import StiefelLinear, distance_to_stiefel, riemannian
 
 Array = np.ndarray
 STEPS, TOLERANCE = 50, 1e-8  # rounding 1e-16, grown over 50 steps of optimizers that divide by small moments
+FLOAT32 = 1e-5  # the same from a rounding of 1e-7; 1.4e-6 seen
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,18 @@ TOKENS, SCALING = 12, 0.8
 class Chain(nn.Module):
     """Frozen layers with StelLA beside them, one behind the other, and the mean squared distance to targets."""
 
-    def __init__(self, retraction: Any = "polar", seed: int = 0, layers: list[LayerSpec] = LAYERS) -> None:
+    def __init__(
+        self,
+        retraction: Any = "polar",
+        seed: int = 0,
+        layers: list[LayerSpec] = LAYERS,
+        dtype: torch.dtype = torch.float64,
+    ) -> None:
         super().__init__()
         torch.manual_seed(seed)
         self.bases, self.adapters = nn.ModuleList(), nn.ModuleList()
         for spec in layers:
-            base = nn.Linear(spec.N, spec.M, bias=False, dtype=torch.float64)
+            base = nn.Linear(spec.N, spec.M, bias=False, dtype=dtype)
             self.bases.append(base.requires_grad_(False))
             self.adapters.append(
                 StellaAdapter(
@@ -58,11 +65,11 @@ class Chain(nn.Module):
                     diag_s=spec.diag_s,
                     retraction=retraction,
                     grad_scaling=spec.hidden,
-                    dtype=torch.float64,
+                    dtype=dtype,
                 )
             )
-        self.x = torch.randn(TOKENS, layers[0].N, dtype=torch.float64)
-        self.target = torch.randn(TOKENS, layers[-1].M, dtype=torch.float64)
+        self.x = torch.randn(TOKENS, layers[0].N, dtype=dtype)
+        self.target = torch.randn(TOKENS, layers[-1].M, dtype=dtype)
 
     def loss(self, rows: slice = slice(None)) -> Tensor:
         h = self.x[rows]
@@ -82,9 +89,9 @@ class NumpyChain:
     """The same chain with the gradients of U, S and V from the chain rule, by hand."""
 
     def __init__(self, chain: Chain) -> None:
-        self.W0 = [base.weight.numpy().copy() for base in chain.bases]
-        self.x, self.target = chain.x.numpy().copy(), chain.target.numpy().copy()
-        self.params = chain.factors()
+        self.W0 = [base.weight.numpy().astype(np.float64) for base in chain.bases]
+        self.x, self.target = (rows.numpy().astype(np.float64) for rows in (chain.x, chain.target))
+        self.params = [factor.astype(np.float64) for factor in chain.factors()]
 
     def gradients(self) -> list[Array]:
         inputs_TN, h = [], self.x
@@ -187,6 +194,16 @@ def test_training_follows_the_papers_algorithm(name: str, retraction: Any) -> No
     assert chain.loss().item() < 0.9 * first  # it trains
     assert all(np.abs(a - b).max() > 1e-2 for a, b in zip(chain.factors(), start, strict=True))  # every factor moved
     assert all(distance_to_stiefel(layer.orthonormal) < 1e-14 for a in chain.adapters for layer in (a.up, a.down))
+
+
+@every_optimizer
+def test_in_float32_the_fast_step_follows_it_to_float32s_rounding(name: str) -> None:
+    make_reference, make, options = OPTIMIZERS[name]
+    chain = Chain(dtype=torch.float32)
+    expected = trained_reference(chain, make_reference(**options))
+    train(chain, make(chain.adapters.parameters(), **options))
+    assert_same(chain, expected, atol=FLOAT32)
+    assert all(distance_to_stiefel(layer.orthonormal) < 1e-6 for a in chain.adapters for layer in (a.up, a.down))
 
 
 IMPLEMENTATIONS = [

@@ -1,5 +1,7 @@
 """Stiefel factors on half-precision bases: in float32 and orthonormal after every way an adapter gets onto a model."""
 
+import warnings
+
 import pytest
 import small_models
 import torch
@@ -12,8 +14,10 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from safetensors.torch import load_file
 
 import beyondlora
+from beyondlora.export.merged import export_merged
 from beyondlora.manifold import distance_to_stiefel
 from beyondlora.manifold.linear import StiefelLinear
 
@@ -155,3 +159,66 @@ def test_a_checkpoint_that_was_never_orthonormal_is_loaded_as_it_is_with_a_warni
     with pytest.warns(UserWarning, match=r"off by 0.44: the checkpoint was not trained on the Stiefel manifold"):
         set_peft_model_state_dict(model, state)
     assert torch.equal(factors(model)[name.replace(".weight", ".default")].weight, state[name])
+
+
+def moved(folder, by):
+    """A trained adapter of which somebody has changed a factor in a way that no counter sees."""
+    model = trained(folder)
+    name, factor = next(iter(factors(model).items()))
+    factor.weight.data.mul_(1 + by)
+    return model, name, factor
+
+
+def test_what_is_saved_a_little_off_is_brought_back_and_said_so(folder, tmp_path):
+    model, _, _ = moved(folder, 1e-3)
+    with pytest.warns(UserWarning, match="left the manifold by .*brought back"):
+        model.save_pretrained(tmp_path)
+    check(model)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*manifold")
+        model.save_pretrained(tmp_path)  # nothing more to say
+    for name, value in load_file(tmp_path / "adapter_model.safetensors").items():
+        if "stella_U" in name or "stella_Vt" in name:
+            assert distance_to_stiefel(value if value.shape[0] > value.shape[1] else value.mT) < 1e-6, name
+
+
+def test_weights_gathered_from_elsewhere_are_looked_at_too(folder, tmp_path):
+    model = trained(folder)
+    state = {name: value * 1.5 if "stella_U" in name else value for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="off the manifold"):
+        model.save_pretrained(tmp_path, state_dict=state)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("door", ["save", "merge", "export", "export merged"])
+def test_what_is_far_off_is_neither_saved_nor_merged_nor_exported(door, folder, tmp_path):
+    model, _, _ = moved(folder, 0.5)
+    doors = {
+        "save": lambda: model.save_pretrained(tmp_path / "out"),
+        "merge": lambda: model.merge_and_unload(),
+        "export": lambda: beyondlora.export_lora(model, tmp_path / "out"),
+        "export merged": lambda: export_merged(
+            model, tmp_path / "out", base_model="", processor=None, reload=lambda path: model, batches=[]
+        ),
+    }
+    with pytest.raises(ValueError, match=r"off the manifold by 1\.[23].*Load a good checkpoint"):
+        doors[door]()
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_one_optimizer_over_two_adapters_steps_the_active_one_alone(folder):
+    model = trained(folder)
+    model.add_adapter("second", STELLA.config(**CONFIG))
+    every = [p for p in model.parameters() if any(p is factor.weight for factor in factors(model).values())]
+    optimizer = torch.optim.AdamW(every, lr=0.05)
+    for active, other in (("second", "default"), ("default", "second")):
+        model.set_adapter(active)
+        before = {name: factor.weight.detach().clone() for name, factor in factors(model).items()}
+        for seed in range(2):
+            ids = small_models.tokens(seed=seed)
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        for name, factor in factors(model).items():
+            assert torch.equal(factor.weight, before[name]) == (f".{other}" in name), name
+        check(model)

@@ -51,7 +51,14 @@ def test_a_foreign_class_under_our_name_is_refused():
         register("cera", Foreign, METHODS[next(iter(METHODS))])
 
 
-@pytest.mark.parametrize("order", ["import beyondlora, peft", "import peft, beyondlora"])
+ORDERS = [
+    "import beyondlora, peft",
+    "import peft, beyondlora",
+    "import beyondlora, importlib.util; importlib.util.find_spec('peft'); import peft",  # transformers asks so first
+]
+
+
+@pytest.mark.parametrize("order", ORDERS)
 def test_the_order_of_imports_does_not_matter(order):
     program = f"{order}; print(peft.PeftConfig.from_peft_type(peft_type='STELLA').r, peft.PeftType.CERA.value)"
     assert run_python(program) == "8 CERA"

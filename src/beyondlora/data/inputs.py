@@ -18,7 +18,7 @@ from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
 
 from .fields import DataRecipe, is_packed, text_fields
 from .labels import with_labels
-from .questions import Question, digest_of, questions_of
+from .questions import Question, digest_of, questions_of, told
 from .rows import arrow_column
 from .splits import RawSplits, read_checked, read_splits, sample
 from .tokens import NOT_SCORED, head_of, ids_of, longest, tokenize_pairs
@@ -80,7 +80,7 @@ def prepare(
         collator=_collator(recipe, processor, extra_inputs),
         label_names=raw.label_names,
         description="; ".join(f"{name}: {part.description}" for name, part in parts)
-        + ("" if evaluation else "; no evaluation"),
+        + (told(questions) if evaluation else "; no evaluation"),
         fingerprint=_sha256(*(part.digest for _, part in parts), *digest_of(questions)),
     )
 
@@ -117,7 +117,7 @@ def prepare_evaluation(
         rows=part.rows,
         questions=questions,
         collator=_collator(recipe, processor, extra_inputs),
-        description=part.description,
+        description=part.description + told(questions),
         fingerprint=_sha256(part.digest, *digest_of(questions)),
     )
 

@@ -43,6 +43,7 @@ class Question:
     input_ids: list[int]
     answer: str
     options: list[Option]
+    cut: bool  # whether the prompt lost its start
 
 
 def questions_of(rows: datasets.Dataset, tokenizer: Any, recipe: DataRecipe, where: str) -> list[Question]:
@@ -62,18 +63,24 @@ def questions_of(rows: datasets.Dataset, tokenizer: Any, recipe: DataRecipe, whe
             "max_new_tokens or a larger max_length"
         )
     about_options = any(name.startswith(BY_LIKELIHOOD) for name in recipe.metrics or ())
-    found = []
+    head, found = head_of(tokenizer), []
     for number, row in enumerate(rows, start=1):
         prompt, completion = (row[name] for name in text_fields(recipe))
-        answer = str(row[answer_name])
+        answer, asked = str(row[answer_name]), prompt + recipe.completion_separator
         options: list[Option] = []
         if about_options:
             names = _options_in(prompt, answer, f"{where}, row {number}")
-            options = list(_options(names, prompt, completion, answer, tokenizer, recipe, length))
-        asked = prompt + recipe.completion_separator
-        ids = _fitted(head_of(tokenizer), ids_of(tokenizer, [asked])[0], length - written)
-        found.append(Question(number, prompt, ids, answer, options))
+            options = list(_options(names, asked, completion, answer, tokenizer, head, length))
+        (ids,) = ids_of(tokenizer, [asked])
+        kept = _fitted(head, ids, length - written)
+        found.append(Question(number, prompt, kept, answer, options, cut=len(kept) < len(head) + len(ids)))
     return found
+
+
+def told(questions: Sequence[Question]) -> str:
+    """What must be said of them in one line of description."""
+    cut = sum(question.cut for question in questions)
+    return f", {cut:,} prompts lose their start" if cut else ""
 
 
 def digest_of(questions: Sequence[Question]) -> list[bytes]:
@@ -99,13 +106,15 @@ def _options_in(prompt: str, answer: str, where: str) -> list[str]:
 
 
 def _options(
-    names: Sequence[str], prompt: str, completion: str, answer: str, tokenizer: Any, recipe: DataRecipe, length: int
+    names: Sequence[str], asked: str, completion: str, answer: str, tokenizer: Any, head: list[int], length: int
 ) -> Iterator[Option]:
-    """Each option said as the completion says the right one ("the correct answer is ..."), with its end token."""
-    before, _, after = completion.rpartition(answer)
-    said = [before + name + after for name in names]
+    """Each option said as the completion says the right one ("the correct answer is ..."), with its end token.
+
+    By itself, where the completion does not hold the right one.
+    """
+    before, found, after = completion.rpartition(answer)
+    said = [before + name + after if found else name for name in names]
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    head, asked = head_of(tokenizer), prompt + recipe.completion_separator
     for name, (ids, more) in zip(names, tokenize_pairs(tokenizer, [asked] * len(said), said), strict=True):
         scored = [*more, *end]
         context = _fitted(head, ids, length - len(scored))

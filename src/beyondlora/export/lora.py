@@ -15,6 +15,7 @@ from peft import PeftModel
 from torch import nn
 
 from ..attach import quiet
+from ..manifold.guard import check_manifold
 from ..run_folder import replacing
 from ..targets import is_linear
 from ..tuner.config import AdapterConfig
@@ -63,6 +64,7 @@ def export_lora(
     folder = Path(folder)
     check_free(folder)
     adapted = adapted_layers(model)
+    check_manifold(model)
     form = _form(model, adapted, distilling=distil_on is not None, rank=rank)
     config = model.peft_config[model.active_adapter]
     base_model = base_model or config.base_model_name_or_path

@@ -10,6 +10,7 @@ from peft import PeftModel
 from torch import nn
 
 from ..attach import quiet
+from ..manifold.guard import check_manifold
 from ..run_folder import replacing
 from .folder import as_text, check_free, serving_command, write_record
 from .gap import compare
@@ -41,6 +42,7 @@ def export_merged(
     Raises: ValueError, FileExistsError; nothing is left under the folder's name then.
     """
     check_free(folder)
+    check_manifold(model)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         merged = _merged(model)

@@ -8,7 +8,7 @@ from typing import Any
 
 HASHES, BOXED = "####", r"\boxed{"
 NUMBER = re.compile(r"####\s*(-?[0-9][0-9.,]*)")
-SECONDS = 5  # for one expression: a model may write a tower of powers
+SECONDS = 3  # for one expression: a model may write a tower of powers
 
 
 def strict(text: str, reference: str) -> bool:

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from .linear import StiefelLinear, live_stiefel_layers
+from .moves import refused_steps
 from .stiefel import distance_to_stiefel, polar_retraction
 
 ROUNDED = 5e-6  # what float32 leaves
@@ -92,34 +93,84 @@ def check_layer(layer: StiefelLinear, *, again: bool = False) -> None:
         return
     refuse_out_of_reach([layer])
     if isinstance(weight, DTensor):
-        raise ValueError(
-            f"A Stiefel factor of shape {tuple(weight.shape)} is sharded over processes (FSDP2, DTensor), and the step "
-            "needs whole matrices. Leave the adapter's factors out of fully_shard (ignored_params), or use DDP."
-        )
-    whole = layer.orthonormal.detach()
-    distance = distance_to_stiefel(whole).item()
-    if not distance <= DRIFTED:
-        raise ValueError(_far(layer, distance))
-    if distance > ROUNDED:
-        _bring_back(layer, whole, distance)
+        return  # processes look together, at the beginning of their step
+    _bring_back(layer, layer.orthonormal.detach())
     settle(layer)
 
 
 def check_manifold(model: nn.Module) -> None:
     """`check_layer` for every Stiefel factor of a model that has values, whether it is known to have moved or not."""
+    _say_what_was_refused()
     for module in model.modules():
         if isinstance(module, StiefelLinear) and not module.weight.is_meta:
             check_layer(module, again=True)
 
 
-def _bring_back(layer: StiefelLinear, whole: Tensor, distance: float) -> None:
-    layer.orthonormal.copy_(polar_retraction(whole, torch.zeros_like(whole)))
+@torch.no_grad()
+def check_state(model: nn.Module, state: dict[str, Any]) -> None:
+    """`check_manifold` for weights about to be saved, which may have been gathered from elsewhere.
+
+    What half precision has rounded is left: it is put back when it is loaded.
+    """
+    _say_what_was_refused()
+    for name, module in model.named_modules():
+        saved = state.get(f"{name}.weight")
+        if not isinstance(module, StiefelLinear) or not isinstance(saved, Tensor) or isinstance(saved, DTensor):
+            continue
+        if saved.dtype in (torch.float32, torch.float64) and not saved.is_meta:
+            _bring_back(module, module.tall(saved.detach()))
+
+
+def _say_what_was_refused() -> None:
+    count = refused_steps()
+    if count:
+        warnings.warn(
+            f"{count} steps of single Stiefel factors were refused since the last save, and the factors stayed where "
+            "they were: their gradients or steps were nan, infinite or absurdly large. Try a lower learning rate or "
+            "gradient clipping.",
+            stacklevel=4,
+        )
+
+
+def warn_of_used_gradients(gradients: list[Tensor]) -> None:
+    """Warn of gradients that a step has converted already.
+
+    The conversion works in place, so a second optimizer that owns the factor, or a second step without a backward pass,
+    would convert it twice: what turns the factor within its subspace counts double then.
+    """
+    used = [
+        gradient
+        for gradient in gradients
+        if getattr(gradient, "_used_at_version", None) == gradient._version and not isinstance(gradient, DTensor)
+    ]  # a DTensor's counter stands still when its shards are written
+    if used:
+        warnings.warn(
+            f"{len(used)} Stiefel factors are stepped on gradients that a step has used before: by a second optimizer "
+            "that owns them too, or without a backward pass in between. Such gradients have been converted already, "
+            "and parts of them count double. Give a factor to one optimizer; zero_grad and backward before each step.",
+            stacklevel=4,
+        )
+
+
+def _bring_back(layer: StiefelLinear, Y_MR: Tensor) -> None:
+    """Put the layer's factor, or a copy of it, back on the manifold, in place."""
+    if must_return(layer, distance_to_stiefel(Y_MR).item()):
+        Y_MR.copy_(polar_retraction(Y_MR, torch.zeros_like(Y_MR)))
+
+
+def must_return(layer: StiefelLinear, distance: float) -> bool:
+    """Whether a factor this far from the manifold is to be brought back, which is said; too far, it is refused."""
+    if not distance <= DRIFTED:
+        raise ValueError(_far(layer, distance))
+    if distance <= ROUNDED:
+        return False
     warnings.warn(
         f"A Stiefel factor of shape {tuple(layer.weight.shape)} had left the manifold by {distance:.1e} without our "
         "step, and has been brought back to the nearest orthonormal matrix. Reasons: weights stored in half precision, "
         "an edit by hand, an optimizer that does not run torch's step hooks.",
         stacklevel=4,
     )
+    return True
 
 
 def _far(layer: StiefelLinear, distance: float) -> str:

@@ -112,7 +112,7 @@ class Stack:
     """Float32 factors of one shape and step scale on CUDA: few launches, and no look at a value.
 
     A factor whose gradient or step is not finite stays where it was, without an error: raising one would mean waiting
-    for the device at every step. `refused` counts such steps, on the device.
+    for the device at every step. `refused` counts such steps, on the device, until `refused_steps` asks.
     """
 
     SHARES = 5  # the scratch is a fifth of the stack
@@ -124,6 +124,7 @@ class Stack:
         self.scratch = rows.new_empty((-(-len(layers) // self.SHARES), *rows.shape), requires_grad=False)
         self.finite = torch.ones(len(layers), dtype=torch.bool, device=rows.device)
         self.refused = torch.zeros((), dtype=torch.int64, device=rows.device)
+        _stacks.add(self)
 
     @property
     def layers(self) -> list[StiefelLinear]:
@@ -165,6 +166,17 @@ class Stack:
         for first in range(0, count, size):
             part = slice(first, min(first + size, count))
             yield part, self.scratch[: part.stop - part.start]
+
+
+_stacks: "weakref.WeakSet[Stack]" = weakref.WeakSet()
+
+
+def refused_steps() -> int:
+    """How many steps of single factors all stacks have refused since the last call. Waits for their devices."""
+    count = sum(int(stack.refused.item()) for stack in _stacks)
+    for stack in _stacks:
+        stack.refused.zero_()
+    return count
 
 
 def plan(layers: list[StiefelLinear]) -> list[Move]:

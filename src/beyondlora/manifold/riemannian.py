@@ -19,14 +19,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from .fast import full_precision
-from .guard import Unowned, check_layer, refuse_optimizer, refuse_out_of_reach, settle
+from .guard import Unowned, check_layer, refuse_optimizer, refuse_out_of_reach, settle, warn_of_used_gradients
 from .linear import StiefelLinear, live_stiefel_layers
 from .moves import Move, plan
+from .shards import plan_shards
 
 
 @dataclass
@@ -118,11 +120,14 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
 def _begin(optimizer: Optimizer, layers: list[StiefelLinear]) -> None:
     for layer in layers:
         check_layer(layer)
+    gradients = [layer.weight.grad for layer in layers if layer.weight.grad is not None]
+    warn_of_used_gradients(gradients)
     moves = _moves(optimizer, layers)
     with full_precision(layers[0].weight.device.type):
         finite = [move.begin() for move in moves]
-    gradients = [layer.weight.grad for layer in layers]
-    versions = [(gradient, gradient._version) for gradient in gradients if gradient is not None]
+    versions = [(gradient, gradient._version) for gradient in gradients]
+    for gradient, version in versions:
+        gradient._used_at_version = version  # type: ignore[attr-defined]
     _steps[optimizer] = _Step(layers=layers, moves=moves, gradients=versions, finite=all(finite))
 
 
@@ -131,7 +136,9 @@ def _moves(optimizer: Optimizer, layers: list[StiefelLinear]) -> list[Move]:
     weights = [(id(layer.weight), layer.weight.data_ptr(), layer.weight.dtype) for layer in layers]
     known = _plans.get(optimizer)
     if known is None or known.weights != weights:
-        known = _plans[optimizer] = _Plan(weights, plan(layers))
+        sharded = [layer for layer in layers if isinstance(layer.weight, DTensor)]
+        whole = [layer for layer in layers if not isinstance(layer.weight, DTensor)]
+        known = _plans[optimizer] = _Plan(weights, [*plan(whole), *plan_shards(sharded)])
     return known.moves
 
 

@@ -12,7 +12,7 @@ from peft.utils.other import get_pattern_key
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import nn
 
-from ..manifold.guard import check_manifold
+from ..manifold.guard import check_manifold, check_state
 from .base_layers import CONVOLUTIONS, is_supported, layer_problem, matrix_shape, reading_of
 from .combine import check_combination, combine, combined_config
 from .config import AdapterConfig, LayerSpec
@@ -134,6 +134,14 @@ class AdapterModel(BaseTuner):
             if isinstance(module, AdapterLayer):
                 module.check_mergeable(module.active_adapters)
         check_manifold(self.model)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Any], *others: Any, **more: Any
+    ) -> dict[str, Any]:
+        """PEFT's choice of what is saved, once it has been seen to be on the manifold."""
+        check_state(model, state_dict)
+        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, *others, **more)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
