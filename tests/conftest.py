@@ -35,3 +35,15 @@ def fresh_accelerate():
 
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="session")
+def reads_images():
+    """Skip where transformers needs torchvision to read images: 5.14 does, 5.24 does not."""
+    from shared_data import VIT
+    from transformers import AutoImageProcessor
+
+    try:
+        AutoImageProcessor.from_pretrained(VIT)
+    except ImportError as error:
+        pytest.skip(f"this transformers reads images by a package that is not here: {' '.join(str(error).split())}")

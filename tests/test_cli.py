@@ -170,9 +170,7 @@ def one_layer(monkeypatch):
 def test_the_doctor_answers_for_machines_and_for_people(one_layer):
     found = json.loads(call("doctor", "--json").stdout)
     version = found["environment"]["versions"]["torch"]
-    assert (
-        version.partition("+")[0] == torch.__version__.partition("+")[0]
-    )  # a CUDA build names its CUDA in one of them
+    assert version.partition("+")[0] == torch.__version__.partition("+")[0]  # one of them may lack a build's "+cu128"
     assert found["methods"]["STELLA"]["Linear"]["merge"] == {"state": "yes", "why": ""}
     assert found["methods"]["CERA"]["Linear"]["merge"]["state"] == "refused"
     assert found["optimizers"]["torch AdamW"]["state"] == "yes"

@@ -24,9 +24,11 @@ HEADLINE = {
 @needs_shared
 @needs_minilm
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_a_recipe_trains_and_its_run_evaluates_to_the_same_figures(path, tmp_path, monkeypatch):
+def test_a_recipe_trains_and_its_run_evaluates_to_the_same_figures(path, tmp_path, monkeypatch, request):
     monkeypatch.setenv("BEYONDLORA_SHARED", str(SHARED))
     recipe = Recipe.load(path, [*SHORTENED, f"output_dir={tmp_path / 'run'}"])
+    if recipe.task == "image-classification":
+        request.getfixturevalue("reads_images")
     summary = train(recipe)
     score = summary["metrics"][HEADLINE[recipe.task]]
     assert math.isfinite(score["value"])

@@ -531,7 +531,7 @@ def images(**fields):
 
 
 @pytest.fixture(scope="module")
-def vit():
+def vit(reads_images):
     return models.load_processor(str(VIT), task="image-classification", image_size=96)
 
 

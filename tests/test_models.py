@@ -234,11 +234,17 @@ def test_a_tokenizer_pads_on_the_right_and_with_the_end_token_where_it_has_no_pa
 def test_a_folder_without_a_tokenizer_is_refused():
     with pytest.raises(ValueError, match="cannot load a tokenizer"):
         models.load_processor(str(VIT), task="causal-lm")
+
+
+@needs_shared
+@pytest.mark.usefixtures("reads_images")
+def test_a_folder_without_an_image_processor_is_refused():
     with pytest.raises(ValueError, match="cannot load an image processor"):
         models.load_processor(str(STORIES), task="image-classification")
 
 
 @needs_shared
+@pytest.mark.usefixtures("reads_images")
 def test_an_image_processor_normalises_as_its_folder_says_at_the_size_asked_for():
     import numpy as np
     from PIL import Image
