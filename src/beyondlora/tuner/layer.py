@@ -140,7 +140,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             adapter = self.adapters[name]
             if adapter.merge_refusal:
                 raise ValueError(adapter.merge_refusal)
-            weights = [part.weight for part in adapter.parts().values()]
+            weights: list[Any] = [part.weight for part in adapter.parts().values()]
             if not all(weight.is_meta or torch.isfinite(weight).all() for weight in weights):
                 raise ValueError(_broken([name]))
 
