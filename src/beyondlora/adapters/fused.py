@@ -48,14 +48,17 @@ def base_and_down(x_TN: Tensor, base: nn.Module, down: nn.Module, dropout: nn.Mo
 
 def dropped_linear(x_TN: Tensor, down: nn.Module, dropout: nn.Module) -> Tensor:
     """down(dropout(x)); with dropout it keeps x, which is there anyway, and a byte an entry instead of two arrays."""
-    if not (torch.is_grad_enabled() and is_plain_linear(down) and is_eager()):
-        return down(x_TN if type(dropout) is nn.Identity else dropout(x_TN))
+    if not (is_plain_linear(down) and is_eager()):
+        return down(dropout(x_TN))
     cast_TN, A_RN = as_autocast(x_TN, x_TN, down.weight)
     if cast_TN.dtype != A_RN.dtype:
         return down(dropout(x_TN))
-    if is_dropping(dropout):
-        return Down.apply(cast_TN, A_RN, *keep_mask(cast_TN, dropout.p))
-    return Down.apply(dropout(cast_TN), A_RN, None, 1.0)
+    keep_TN, share = keep_mask(cast_TN, dropout.p) if is_dropping(dropout) else (None, 1.0)
+    if keep_TN is None and type(dropout) is not nn.Identity:
+        cast_TN = dropout(cast_TN)
+    if torch.is_grad_enabled():
+        return Down.apply(cast_TN, A_RN, keep_TN, share)
+    return over(share, narrow(cast_TN, A_RN, keep_TN))
 
 
 def add_up(y_TM: Tensor, h_TR: Tensor, up: nn.Module, scaling: float, *, overwrite: bool = False) -> Tensor:

@@ -17,8 +17,9 @@ BLOCK = 256  # rows a piece: small enough for a cache, large enough for a matrix
 def narrow(x_TN: Tensor, A_RN: Tensor, keep_TN: Tensor | None = None) -> Tensor:
     """(x ∘ keep) Aᵀ in A's dtype, (T, R); x ∘ keep, and x in another dtype, exist a block of rows at a time."""
     if keep_TN is None and x_TN.dtype == A_RN.dtype:
-        # The narrow matrix first: the other order took up to seven times as long (docs/speed.md).
-        return (A_RN @ flat(x_TN).mT).mT.reshape(*x_TN.shape[:-1], A_RN.shape[0])
+        # The narrow matrix first: the other order is slower (docs/speed.md). Contiguous: dropout draws another mask for
+        # another layout, and a recomputed forward pass must draw the same.
+        return (A_RN @ flat(x_TN).mT).mT.contiguous().view(*x_TN.shape[:-1], A_RN.shape[0])
     if torch.is_grad_enabled():
         return masked(x_TN, keep_TN).to(A_RN.dtype) @ A_RN.mT
     z_TR = A_RN.new_empty(*x_TN.shape[:-1], A_RN.shape[0])
