@@ -3,8 +3,8 @@
 import importlib.util
 from pathlib import Path
 
-import any_optimizer
 import pytest
+from manifold import any_optimizer
 
 from beyondlora.doctor.optimizers import HOMES
 from beyondlora.manifold import distance_to_stiefel
