@@ -210,3 +210,18 @@ def test_on_cuda_the_step_never_waits_for_the_device() -> None:
         optimizer.step()
     torch.cuda.set_sync_debug_mode("default")
     assert max(distance_to_stiefel(layer.orthonormal).item() for layer in layers) <= 1e-6
+
+
+@pytest.mark.parametrize("change", [{"step_scale": 0.5}, {"retraction": "exp_map"}], ids=str)
+def test_a_changed_layer_steps_by_what_it_is_now(change: dict[str, object]) -> None:
+    layer, fresh = StiefelLinear(4, 64), StiefelLinear(4, 64)
+    optimizers = [torch.optim.SGD(each.parameters(), 0.1) for each in (layer, fresh)]
+    layer.weight.grad = torch.randn_like(layer.weight)
+    optimizers[0].step()
+    fresh.load_state_dict(layer.state_dict())
+    gradient = torch.randn_like(layer.weight)
+    for each, optimizer in zip((layer, fresh), optimizers, strict=True):
+        vars(each).update(change)
+        each.weight.grad = gradient.clone()
+        optimizer.step()
+    assert torch.equal(layer.weight, fresh.weight)

@@ -187,9 +187,9 @@ def plan(layers: list[StiefelLinear]) -> list[Move]:
 
     def scratch(like: Tensor) -> Tensor:
         """One for all groups of a device, seen in the shape and the order of this one."""
-        device = like.device
-        flat.setdefault(device, torch.empty(largest, device=device))
-        return flat[device].as_strided(like.shape, like.stride())
+        if like.device not in flat:
+            flat[like.device] = torch.empty(largest, device=like.device)
+        return flat[like.device].as_strided(like.shape, like.stride())
 
     moves: list[Move] = [Defined(layer) for layer in layers if not _is_fast(layer)]
     for (_, device, _), kind in itertools.groupby(quick, key=_kind):

@@ -61,7 +61,7 @@ class _Step:
 class _Plan:
     """The moves of an optimizer's last step, with their buffers, and which weights they are for."""
 
-    weights: list[tuple[int, int, torch.dtype]]
+    weights: list[tuple[int, int, torch.dtype, float, str]]
     moves: list[Move]
 
 
@@ -133,7 +133,10 @@ def _begin(optimizer: Optimizer, layers: list[StiefelLinear]) -> None:
 
 def _moves(optimizer: Optimizer, layers: list[StiefelLinear]) -> list[Move]:
     """The moves for these layers: those of the last step where the weights are the same, buffers and all."""
-    weights = [(id(layer.weight), layer.weight.data_ptr(), layer.weight.dtype) for layer in layers]
+    weights = [
+        (id(layer.weight), layer.weight.data_ptr(), layer.weight.dtype, layer.step_scale, layer.retraction)
+        for layer in layers
+    ]
     known = _plans.get(optimizer)
     if known is None or known.weights != weights:
         sharded = [layer for layer in layers if isinstance(layer.weight, DTensor)]
