@@ -140,6 +140,18 @@ def test_dropped_linear_equals_the_equation_with_its_mask(lead: tuple[int, ...])
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("lead", [(3,), (2, 300)])
+def test_base_and_dropped_down_equal_the_equations_with_the_mask(lead: tuple[int, ...]) -> None:
+    x, W0, b, W = fresh(*lead, 6).requires_grad_(), fresh(5, 6), fresh(5), fresh(2, 6).requires_grad_()
+    keep, share = keep_mask(x, 0.4)
+    mine = BaseAndDown.apply(x, W0, b, W, keep, share)
+    expected = x @ W0.mT + b, (x * keep.view(x.shape) / share) @ W.mT
+    torch.testing.assert_close(mine, expected, rtol=1e-12, atol=1e-12)
+    upstream = fresh(*lead, 5), fresh(*lead, 2)
+    gradients = torch.autograd.grad(mine, (x, W), upstream), torch.autograd.grad(expected, (x, W), upstream)
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("p", [0.001, 0.05, 0.5, 0.99])
 def test_the_mask_keeps_its_share_independently(p: float) -> None:
     torch.manual_seed(0)
