@@ -152,7 +152,7 @@ def picture(contenders: list[Side], path: Path) -> None:
     for side in contenders:
         axes.plot(list(side.drift), list(side.drift.values()), label=side.name)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small", loc="center right")
+    axes.legend(fontsize="small", loc="center right", bbox_to_anchor=(1, 0.36))
     figure.savefig(path, dpi=120)
 
 
