@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from side_by_side import compare, machine, peak_bytes
+from side_by_side import compare, machine, peak_bytes, publish
 from torch import nn
 
 from beyondlora import AuroraConfig, CeraConfig, StellaConfig
@@ -102,9 +102,7 @@ def main() -> None:
                 if inputs in arguments.widths:
                     lines += rows(inputs, outputs, rank, tokens, arguments.rounds)
                     print(*lines[-len(METHODS) :], sep="\n", flush=True)
-    text = "\n".join([*lines, ""])
-    if arguments.out:
-        arguments.out.write_text(text, encoding="utf-8")
+    publish(lines, arguments.out)
 
 
 if __name__ == "__main__":

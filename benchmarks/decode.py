@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from side_by_side import compare, machine
+from side_by_side import compare, machine, publish
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from beyondlora import AuroraConfig, CeraConfig, StellaConfig
@@ -100,8 +100,7 @@ def main() -> None:
         for name, ratio in compare(runs, "LoRA", arguments.rounds).items():
             lines.append(f"| {title} | {name} | {rows * arguments.new / ratio.seconds:.0f} | {ratio} |")
             print(lines[-1], flush=True)
-    if arguments.out:
-        arguments.out.write_text("\n".join([*lines, ""]), encoding="utf-8")
+    publish(lines, arguments.out)
 
 
 if __name__ == "__main__":

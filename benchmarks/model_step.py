@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from side_by_side import compare, machine, peak_bytes
+from side_by_side import compare, machine, peak_bytes, publish
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -103,10 +103,7 @@ def main() -> None:
         f"{peaks[method] / peaks[lora]:.2f} | {peaks[method] / peaks[dropping]:.2f} | {peaks[method] / 2**20:.0f} |"
         for method, ratio in ratios.items()
     ]
-    text = "\n".join([*lines, ""])
-    print(text)
-    if arguments.out:
-        arguments.out.write_text(text, encoding="utf-8")
+    publish(lines, arguments.out)
 
 
 if __name__ == "__main__":

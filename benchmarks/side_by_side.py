@@ -10,6 +10,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import peft
@@ -75,6 +76,14 @@ def peak_bytes(work: Work) -> int:
         alive += event.nbytes()
         peak = max(peak, alive)
     return peak
+
+
+def publish(lines: list[str], out: Path | None) -> None:
+    """Print a page, and write it where a file is named."""
+    text = "\n".join([*lines, ""])
+    print(text)
+    if out:
+        out.write_text(text, encoding="utf-8")
 
 
 def machine() -> str:

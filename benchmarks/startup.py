@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from side_by_side import compare, machine
+from side_by_side import compare, machine, publish
 from torch import nn
 
 from beyondlora import AuroraConfig, CeraConfig, StellaConfig
@@ -95,10 +95,7 @@ def main() -> None:
     for name, config in configs.items():
         trained, stored = saved_bytes(config)
         lines.append(f"| {name} | {trained} | {stored} | {stored / trained:.3f} |")
-    text = "\n".join([*lines, ""])
-    print(text)
-    if arguments.out:
-        arguments.out.write_text(text, encoding="utf-8")
+    publish(lines, arguments.out)
 
 
 if __name__ == "__main__":

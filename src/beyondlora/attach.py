@@ -24,6 +24,7 @@ from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import load_peft_weights
 
+from .models import quiet_transformers
 from .recipe import Recipe
 from .run_folder import replacing
 
@@ -261,14 +262,6 @@ def save_trained(model: Trained, folder: Path, processor: Any) -> None:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep off the screen what libraries tell each other: advice, log lines, bars, deprecations between them."""
-    before, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        transformers.logging.set_verbosity(before)
-        if bars:
-            transformers.logging.enable_progress_bar()
+    with quiet_transformers(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield

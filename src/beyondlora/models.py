@@ -91,7 +91,7 @@ def load_base(
     Raises: FileNotFoundError, ValueError.
     """
     options = {"dtype": _DTYPES[dtype], **_head_options(task, num_labels, label_names)}
-    with _quiet(), _explained(name_or_path, f"a model for {task}"):
+    with quiet_transformers(), _explained(name_or_path, f"a model for {task}"):
         model, report = _AUTO_CLASSES[task].from_pretrained(
             resolve_name(name_or_path), output_loading_info=True, ignore_mismatched_sizes=task != "causal-lm", **options
         )
@@ -107,7 +107,7 @@ def empty_base(name_or_path: str, *, task: str) -> PreTrainedModel:
 
     Raises: FileNotFoundError, ValueError.
     """
-    with _quiet(), _explained(name_or_path, f"a model for {task}"):
+    with quiet_transformers(), _explained(name_or_path, f"a model for {task}"):
         config = AutoConfig.from_pretrained(resolve_name(name_or_path))
         with torch.device("meta"):
             model: PreTrainedModel = _AUTO_CLASSES[task].from_config(config)
@@ -128,7 +128,7 @@ def load_processor(
     """
     if task == "image-classification":
         return _load_image_processor(name_or_path, image_size)
-    with _quiet(), _explained(name_or_path, "a tokenizer"):
+    with quiet_transformers(), _explained(name_or_path, "a tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(resolve_name(name_or_path))
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
@@ -146,7 +146,7 @@ def extra_inputs(name_or_path: str, *, task: str, image_size: int | None = None)
     """
     if task != "image-classification" or image_size is None:
         return {}
-    with _quiet(), _explained(name_or_path, "a config"):
+    with quiet_transformers(), _explained(name_or_path, "a config"):
         config = AutoConfig.from_pretrained(resolve_name(name_or_path))
     if image_size == getattr(config, "image_size", None):
         return {}
@@ -186,8 +186,8 @@ def _check_folder(folder: Path, name: str) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars and no wall of warnings about the new head, which is new on purpose."""
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars and no log lines below errors, like those about a new head, which is new on purpose."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -260,5 +260,5 @@ def _load_image_processor(name_or_path: str, image_size: int | None) -> BaseImag
     if importlib.util.find_spec("PIL") is None:
         raise ValueError("image tasks need Pillow, which is not installed: pip install 'beyondlora[images]'")
     options = {} if image_size is None else {"size": {"height": image_size, "width": image_size}}
-    with _quiet(), _explained(name_or_path, "an image processor"):
+    with quiet_transformers(), _explained(name_or_path, "an image processor"):
         return AutoImageProcessor.from_pretrained(resolve_name(name_or_path), backend="pil", **options)

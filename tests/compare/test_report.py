@@ -45,6 +45,12 @@ def outcome(tmp_path_factory):
     return outcome_of(grid, [line(run, difficulty, draw) for run in grid.runs], title="A <comparison>")
 
 
+def identity(run):
+    """What a line of results.jsonl says of which run it is."""
+    names = ("method", "arm", "searched", "seed")
+    return {"run": run.name, "recipe": vars(run.recipe)} | {name: getattr(run, name) for name in names}
+
+
 def line(run, difficulty, draw):
     good = 0.05 * (run.recipe.learning_rate == 1e-2) + 0.3 * (run.method != "LoRA")
     nll = 20 * (difficulty - good + 0.02 * draw.normal() + 0.02 * draw.normal(size=40))
@@ -52,13 +58,7 @@ def line(run, difficulty, draw):
     diverged = run.method != "LoRA" and run.recipe.learning_rate == 1e-3 and run.seed == 1
     rank = run.recipe.adapter.get("r", 3)
     figures = {"perplexity": {"value": float(np.exp(loss)), "stderr": None, "n": 40}}
-    return {
-        "run": run.name,
-        "method": run.method,
-        "arm": run.arm,
-        "searched": run.searched,
-        "seed": run.seed,
-        "recipe": vars(run.recipe),
+    return identity(run) | {
         "status": "diverged" if diverged else "finished",
         "error": "the loss became nan" if diverged else "",
         "validation": figures,
@@ -124,13 +124,8 @@ def graded(accuracies, rates=(1e-3, 1e-2, 1e-1), seeds=(0, 1), order=1):
     for run in grid.runs:
         correct = [float(row < 10 * (run.seed + 1) + 4 * (run.method == "best")) for row in range(100)]
         lines.append(
-            {
-                "run": run.name,
-                "method": run.method,
-                "arm": run.arm,
-                "searched": run.searched,
-                "seed": run.seed,
-                "recipe": vars(run.recipe),
+            identity(run)
+            | {
                 "status": "finished",
                 "error": "",
                 "validation": {"accuracy": {"value": accuracies[run.method][run.recipe.learning_rate]}},

@@ -42,7 +42,7 @@ def base_and_down(x_TN: Tensor, base: nn.Module, down: nn.Module, dropout: nn.Mo
     x_TN, W_MN, A_RN, *biases = as_autocast(x_TN, x_TN, base.weight, down.weight, *biases)
     if x_TN.dtype != W_MN.dtype or not widens(x_TN.dtype, A_RN.dtype):
         return None
-    keep_TN, share = keep_mask(x_TN, dropout.p) if is_dropping(dropout) else (None, 1.0)
+    keep_TN, share = drawn_mask(dropout, x_TN)
     return BaseAndDown.apply(x_TN, W_MN, biases[0] if biases else None, A_RN, keep_TN, share)
 
 
@@ -53,7 +53,7 @@ def dropped_linear(x_TN: Tensor, down: nn.Module, dropout: nn.Module) -> Tensor:
     cast_TN, A_RN = as_autocast(x_TN, x_TN, down.weight)
     if cast_TN.dtype != A_RN.dtype:
         return down(dropout(x_TN))
-    keep_TN, share = keep_mask(cast_TN, dropout.p) if is_dropping(dropout) else (None, 1.0)
+    keep_TN, share = drawn_mask(dropout, cast_TN)
     if keep_TN is None and type(dropout) is not nn.Identity:
         cast_TN = dropout(cast_TN)
     if torch.is_grad_enabled():
@@ -105,17 +105,8 @@ class BaseAndDown(torch.autograd.Function):
         """The branch's part of x's gradient is added into the base layer's."""
         x_TN, W_MN, A_RN, keep_TN = ctx.saved_tensors
         g_TM, g_TR = gradients[0], over(ctx.share, gradients[1])
-        dx_TN = dA_RN = None
-        if ctx.needs_input_grad[0] and torch.is_grad_enabled():
-            dx_TN = g_TM @ W_MN + masked(g_TR @ A_RN, keep_TN).to(x_TN.dtype)
-        elif ctx.needs_input_grad[0]:
-            dx_TN = x_TN.new_empty(
-                x_TN.shape
-            )  # behind `g @ W` it could be a view, and a view is never added to in place
-            torch.mm(flat(g_TM), W_MN, out=dx_TN.view(-1, W_MN.shape[1]))
-            add_widened_(dx_TN, g_TR, A_RN, keep_TN)
-        if ctx.needs_input_grad[3]:
-            dA_RN = weight_gradient(g_TR, x_TN, keep_TN)
+        dx_TN = input_gradient(x_TN, g_TR, A_RN, keep_TN, base=(g_TM, W_MN)) if ctx.needs_input_grad[0] else None
+        dA_RN = weight_gradient(g_TR, x_TN, keep_TN) if ctx.needs_input_grad[3] else None
         return dx_TN, None, None, dA_RN, None, None
 
 
@@ -134,13 +125,8 @@ class Down(torch.autograd.Function):
         """`F.linear` would return the gradient of x as a view, and a view is never added to in place."""
         x_TN, A_RN, keep_TN = ctx.saved_tensors
         g_TR = over(ctx.share, gradients[0])
-        dx_TN = dA_RN = None
-        if ctx.needs_input_grad[0] and torch.is_grad_enabled():
-            dx_TN = masked(g_TR @ A_RN, keep_TN)
-        elif ctx.needs_input_grad[0]:
-            dx_TN = add_widened_(x_TN.new_empty(x_TN.shape), g_TR, A_RN, keep_TN, beta=0)
-        if ctx.needs_input_grad[1]:
-            dA_RN = weight_gradient(g_TR, x_TN, keep_TN)
+        dx_TN = input_gradient(x_TN, g_TR, A_RN, keep_TN) if ctx.needs_input_grad[0] else None
+        dA_RN = weight_gradient(g_TR, x_TN, keep_TN) if ctx.needs_input_grad[1] else None
         return dx_TN, dA_RN, None, None
 
 
@@ -180,6 +166,25 @@ def as_autocast(like: Tensor, *operands: Tensor) -> tuple[Tensor, ...]:
         return operands
     dtype = torch.get_autocast_dtype(device)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in operands)
+
+
+def input_gradient(
+    x_TN: Tensor, g_TR: Tensor, A_RN: Tensor, keep_TN: Tensor | None, base: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """(g A) ∘ keep, and beside a base layer (its output's gradient and W0) their product too: one array like x."""
+    if torch.is_grad_enabled():
+        dx_TN = masked(g_TR @ A_RN, keep_TN).to(x_TN.dtype)
+        return dx_TN if base is None else base[0] @ base[1] + dx_TN
+    dx_TN = x_TN.new_empty(x_TN.shape)  # `g @ W` may give a view, which autograd never adds to in place
+    if base is None:
+        return add_widened_(dx_TN, g_TR, A_RN, keep_TN, beta=0)
+    torch.mm(flat(base[0]), base[1], out=flat(dx_TN))
+    return add_widened_(dx_TN, g_TR, A_RN, keep_TN)
+
+
+def drawn_mask(dropout: nn.Module, x_TN: Tensor) -> tuple[Tensor | None, float]:
+    """What dropout keeps of x, and the share of it; (None, 1) where it is not at work."""
+    return keep_mask(x_TN, dropout.p) if is_dropping(dropout) else (None, 1.0)
 
 
 def widens(dtype: torch.dtype, to: torch.dtype) -> bool:

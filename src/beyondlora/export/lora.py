@@ -84,16 +84,8 @@ def export_lora(
         gap = compare(model, adapted, exported, batches)
         if form == "exact":
             _check_rounding(gap, model, adapted)
-        record = {
-            "made_from": as_text(config.peft_type),
-            "form": form,
-            "base_model": base_model,
-            "rank": width,
-            "compared_on": compared_on,
-            **gap.as_dict(),
-            **({"scores": scores(model, exported, score)} if score else {}),
-            "serve": serving_command(folder, base_model=base_model, rank=width),
-        }
+        about = {"form": form, "base_model": base_model, "rank": width, "compared_on": compared_on}
+        record = record_of(model, exported, gap, about, score=score, folder=folder)
         write_record(partial, record)
     return record
 
@@ -113,13 +105,31 @@ def lora_gap(model: PeftModel, batches: Iterable[Batch]) -> Gap:
         return compare(model, adapted, _load_with_peft(Path(name), base), batches)
 
 
-def scores(
-    model: PeftModel, exported: nn.Module, score: Callable[[nn.Module], dict[str, Any]]
-) -> dict[str, dict[str, Any]]:
-    """The figures of the base model, the live adapter and its exported form."""
-    with model.disable_adapter():
-        base = score(model)
-    return {"base": base, "live": score(model), "exported": score(exported)}
+def record_of(
+    model: PeftModel,
+    exported: nn.Module,
+    gap: Gap,
+    about: dict[str, Any],
+    *,
+    score: Callable[[nn.Module], dict[str, Any]] | None,
+    folder: Path,
+) -> dict[str, Any]:
+    """What export.json says of any export: what it is, how far from the live adapter, how it measures, how to serve it.
+
+    Args:
+        model: the live adapter's.
+        exported: what was loaded again.
+        gap: between them.
+        about: the form, base model, rank (None: merged) and what was compared on.
+        score: measures a model, for the base, the live and the exported one.
+        folder: the export's final name.
+    """
+    record = {"made_from": as_text(model.peft_config[model.active_adapter].peft_type), **about, **gap.as_dict()}
+    if score is not None:
+        with model.disable_adapter():
+            base = score(model)
+        record["scores"] = {"base": base, "live": score(model), "exported": score(exported)}
+    return record | {"serve": serving_command(folder, base_model=about["base_model"], rank=about["rank"])}
 
 
 def adapted_layers(model: PeftModel) -> Adapted:

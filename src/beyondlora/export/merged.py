@@ -12,9 +12,9 @@ from torch import nn
 from ..attach import quiet
 from ..manifold.guard import check_manifold
 from ..run_folder import replacing
-from .folder import as_text, check_free, serving_command, write_record
+from .folder import check_free, write_record
 from .gap import compare
-from .lora import scores
+from .lora import record_of
 from .rows import Batch
 
 
@@ -55,16 +55,10 @@ def export_merged(
             processor.save_pretrained(str(partial))
         del merged
         exported = reload(partial)
-        record = {
-            "made_from": as_text(model.peft_config[model.active_adapter].peft_type),
-            "form": "static" if said else "exact",
-            "base_model": base_model,
-            "rank": None,
-            "compared_on": compared_on,
-            **compare(model, {}, exported, batches).as_dict(),
-            **({"scores": scores(model, exported, score)} if score else {}),
-            "serve": serving_command(folder, base_model=base_model, rank=None),
-        }
+        form = "static" if said else "exact"
+        about = {"form": form, "base_model": base_model, "rank": None, "compared_on": compared_on}
+        gap = compare(model, {}, exported, batches)
+        record = record_of(model, exported, gap, about, score=score, folder=folder)
         write_record(partial, record)
     return record
 

@@ -86,14 +86,14 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             check_rows(x, adapter_names, merged=self.merged)
         if self.disable_adapters and self.merged:
             self.unmerge()
-        active = [] if self.disable_adapters or self.merged or adapter_names is not None else self._active()
+        if self.disable_adapters or self.merged:
+            return self.base_layer(x, *args, **kwargs)
+        active = [] if adapter_names is not None else self._active()
         result = self._base_and_first(active, x) if torch.is_grad_enabled() and not (args or kwargs) else None
         if result is not None:
             active = active[1:]
         else:
             result = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters or self.merged:
-            return result
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
         if adapter_names is not None:
