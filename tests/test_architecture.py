@@ -18,6 +18,7 @@ LEVELS = {
     "adapters": 2,
     "tuner": 3,
     "attach": 4,
+    "axolotl": 5,
     "evaluate": 5,
     "train": 6,
     "analyse": 6,

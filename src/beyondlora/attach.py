@@ -54,20 +54,24 @@ def config_from(recipe: Recipe) -> PeftConfig | FullFineTuning:
     """Turn a recipe's adapter block into a PEFT config. Raises: ValueError."""
     settings = dict(recipe.adapter)
     name = settings.pop("peft_type")
-    known = keys_of(name)
-    for key in settings:
-        if key not in known:
-            near = _nearest(key, known)
-            raise ValueError(f"adapter: {name} has no key {key!r}{near}; its keys are {', '.join(known)}.")
     task_type = PEFT_TASKS[recipe.task]
     if settings.get("task_type") not in (None, task_type):
         raise ValueError(
             f"adapter: task_type is {settings['task_type']!r}, but the recipe's task is {recipe.task!r}: "
             "leave task_type out, it follows from the task."
         )
+    return config_by_name(name, settings | {"task_type": task_type, "inference_mode": False})
+
+
+def config_by_name(peft_type: str, settings: dict[str, Any]) -> PeftConfig | FullFineTuning:
+    """The config of a method with these fields; an unknown one is refused by name. Raises: ValueError."""
+    known = keys_of(peft_type)
+    for key in settings:
+        if key not in known:
+            near = _nearest(key, known)
+            raise ValueError(f"adapter: {peft_type} has no key {key!r}{near}; its keys are {', '.join(known)}.")
     try:
-        fixed = {"task_type": task_type, "inference_mode": False}
-        config: PeftConfig | FullFineTuning = _config_classes()[name](**settings | fixed)
+        config: PeftConfig | FullFineTuning = _config_classes()[peft_type](**settings)
     except (TypeError, ValueError) as error:
         raise ValueError(f"adapter: {error}") from error
     return config

@@ -1,8 +1,10 @@
 """Quantised bases through PEFT's own backends: forward, training, float32 factors, merging where LoRA merges.
 
-HQQ is not part of the development environment (importing it takes seconds): `pip install hqq` to run its tests.
+HQQ and AQLM are not part of the development environment (importing the one takes seconds, the other brings a compiler):
+`pip install hqq 'aqlm[cpu]'` to run their tests.
 """
 
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -151,3 +153,41 @@ def test_a_model_prepared_for_kbit_training_keeps_float32_factors(base):
     small_models.train_a_little(model)
     factors = [m for m in model.modules() if isinstance(m, StiefelLinear)]
     assert max(distance_to_stiefel(factor.orthonormal).item() for factor in factors) < 2e-6
+
+
+# A backend whose weights cannot be written again ---------------------------------------------------------------------
+
+
+def aqlm_model() -> nn.Module:
+    """A layer of one codebook that any CPU can read; AQLM computes no gradient of its input there."""
+    aqlm = pytest.importorskip("aqlm")
+    torch.manual_seed(0)
+    shape = {"in_group_size": 8, "out_group_size": 1, "num_codebooks": 1, "nbits_per_codebook": 8}
+    layer = aqlm.QuantizedLinear(32, 24, **shape, bias=False).requires_grad_(False)
+    layer.codebooks.copy_(torch.randn_like(layer.codebooks))
+    layer.codes.copy_(torch.randint(-128, 127, layer.codes.shape))
+    layer.scales.fill_(0.3)
+    return nn.Sequential(OrderedDict(quantised=layer, head=nn.Linear(24, 4)))
+
+
+@one_of_each_paper
+def test_beside_a_layer_that_can_only_be_read_an_adapter_trains_and_refuses_to_merge(method):
+    base, x = aqlm_model(), torch.randn(5, 32)
+    before = base(x)
+    model = get_peft_model(base, method.config(target_modules=["quantised"], lora_dropout=0.0))
+    if method.noop_start:
+        torch.testing.assert_close(model(x), before)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    first = model(x).square().sum()
+    for _ in range(20):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+    trained = model(x)
+    assert trained.square().sum() < 0.5 * first
+    reason = "nonlinear" if method.name == "cera" else "Cannot merge into a QuantizedLinear"
+    with pytest.raises(ValueError, match=reason):
+        model.merge_adapter()
+    torch.testing.assert_close(model(x), trained)
+    with model.disable_adapter():
+        torch.testing.assert_close(model(x), before)

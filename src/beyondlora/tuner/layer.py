@@ -135,7 +135,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters.extend(names)
 
     def check_mergeable(self, names: list[str]) -> None:
-        """Raise a ValueError if one of these adapters is no weight update, or not finite."""
+        """Raise a ValueError if one of these is no weight update or not finite, or the base cannot be written."""
+        backend = self.quantization_backend
         for name in filter(self.adapters.__contains__, names):
             adapter = self.adapters[name]
             if adapter.merge_refusal:
@@ -143,6 +144,11 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             weights: list[Any] = [part.weight for part in adapter.parts().values()]
             if not all(weight.is_meta or torch.isfinite(weight).all() for weight in weights):
                 raise ValueError(_broken([name]))
+            if backend is not None and not backend.supports_merge:
+                raise ValueError(
+                    f"Cannot merge into a {type(self.get_base_layer()).__name__}: PEFT cannot write these weights "
+                    "back. Keep the adapter attached, or export it (beyondlora export ADAPTER --to lora)."
+                )
 
     def unmerge(self) -> None:
         """Put the base weight back as it was before the first merge, bit for bit where it is not quantised."""
