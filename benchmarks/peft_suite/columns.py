@@ -65,9 +65,9 @@ class Column:
 
 COLUMNS = {
     "lora": Column(LoraConfig),
-    "cera": Column(CeraConfig, {"r": 8}),
+    "cera": Column(CeraConfig, {"r": 8, "lora_dropout": 0.0}),  # some tests compare outputs in training mode
     "aurora": Column(AuroraConfig),
-    "aurora-static": Column(AuroraConfig, {"aurora_mode": "static"}),
+    "aurora-static": Column(AuroraConfig, {"aurora_mode": "static", "r": 8}),
     "stella": Column(StellaConfig, largest_rank=1),
     "stella-zero": Column(StellaConfig, {"init_lora_weights": "zero"}, largest_rank=1),
 }

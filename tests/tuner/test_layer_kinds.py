@@ -147,6 +147,14 @@ def test_a_language_models_embedding_saves_and_loads(method, tmp_path):
         torch.testing.assert_close(loaded(small_models.tokens()).logits, logits, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("method", [m for m in METHODS if "cera" not in m.name], ids=lambda m: m.name)
+def test_an_index_is_never_dropped(method):
+    model, _ = adapted(method, nn.Embedding(11, 7), lora_dropout=0.9)
+    ids = torch.arange(11)
+    with torch.no_grad():
+        torch.testing.assert_close(model.train()(ids), model.eval()(ids), rtol=0, atol=0)
+
+
 @every_method
 def test_an_embedding_that_scales_its_output_scales_the_adapters(method):
     class Scaled(nn.Embedding):

@@ -4,11 +4,14 @@ A frozen linear layer's output W0 x + b becomes W0 x + b + adapter(x). With an i
 Legend: T tokens (any leading dimensions), N inputs, M outputs, R rank.
 """
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .fused import add_up, base_and_down, dropped_linear
 from .reading import Reading
+
+FEW = 2**15  # entries that take less time to write twice than to look whether once is enough
 
 
 class Adapter(nn.Module):
@@ -89,6 +92,8 @@ class Adapter(nn.Module):
         """
         if self.reading is not None:
             return y_TM + self(x_TN)
+        if is_brief(y_TM) and not overwrite:
+            return torch.add(y_TM, self.up(self.hidden(x_TN)), alpha=self.scaling)
         return add_up(y_TM, self.hidden_fused(x_TN), self.up, self.scaling, overwrite=overwrite)
 
     def read(self, x_TN: Tensor, weight_RN: Tensor | None = None) -> Tensor:
@@ -152,6 +157,11 @@ class Adapter(nn.Module):
     def merge_warning(self) -> str | None:
         """In which way the merged layer differs from the trained one; None where it does not."""
         return None
+
+
+def is_brief(y_TM: Tensor) -> bool:
+    """Small and without gradients, as when a model writes word by word: looking what to fuse would cost more."""
+    return not torch.is_grad_enabled() and not torch.compiler.is_compiling() and y_TM.numel() < FEW
 
 
 def dropout_layer(probability: float) -> nn.Module:

@@ -14,7 +14,7 @@ from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..adapters.adapter import Adapter
+from ..adapters.adapter import Adapter, is_brief
 from ..adapters.fused import has_hooks
 from .base_layers import as_matrix, as_weight, matrix_shape
 from .mixed_batch import check_rows, rows_by_adapter
@@ -99,7 +99,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         if adapter_names is not None:
             return self._add_by_row(result, x, adapter_names)
         dtype = result.dtype
-        ours = self._gives_its_output_away()
+        ours = not is_brief(result) and self._gives_its_output_away()
         for adapter in active:
             if adapter.reading is None:
                 x_cast = self._cast_input_dtype(x, adapter.down.weight.dtype)
