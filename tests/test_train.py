@@ -1,6 +1,7 @@
 """Training from a recipe: the run folder, refusals, the same weights whatever interrupts a run, the stop at nan."""
 
 import contextlib
+import importlib.metadata
 import json
 import signal
 from pathlib import Path
@@ -59,7 +60,7 @@ def test_a_finished_run_holds_what_it_should_and_nothing_else(recipe, tmp_path):
     assert summary["steps"] == 12
     environment = json.loads((run / "environment.json").read_text())
     assert environment["seed"] == 42
-    assert environment["versions"]["torch"] == torch.__version__
+    assert environment["versions"]["torch"] == importlib.metadata.version("torch")
 
 
 def test_a_run_learns_and_keeps_its_best_adapter(recipe, tmp_path):

@@ -380,9 +380,9 @@ def test_nothing_of_the_inputs_or_the_outputs_size_is_kept_but_x(name: str) -> N
 
 def test_the_input_gets_one_gradient_and_not_two() -> None:
     adapter, base, x = ROWS["cera-silu"].build(6, 5, 3), frozen(5, 6), fresh(4, 6).requires_grad_()
-    first = together(adapter, base, x).grad_fn
-    assert type(first).__name__ == "AddProductBackward"
-    assert type(first.next_functions[0][0]).__name__ == "BaseAndDownBackward"
+    y = together(adapter, base, x)  # torch 2.9 forgets the function of a result that is gone
+    assert type(y.grad_fn).__name__ == "AddProductBackward"
+    assert type(y.grad_fn.next_functions[0][0]).__name__ == "BaseAndDownBackward"
 
 
 @pytest.mark.parametrize("row", SMOOTH.values(), ids=SMOOTH)

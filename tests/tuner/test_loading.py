@@ -5,7 +5,7 @@ import warnings
 import pytest
 import small_models
 import torch
-from methods import METHODS
+from methods import METHODS, since_peft_0_21
 from peft import (
     AutoPeftModelForCausalLM,
     PeftModel,
@@ -169,6 +169,7 @@ def moved(folder, by):
     return model, name, factor
 
 
+@since_peft_0_21
 def test_what_is_saved_a_little_off_is_brought_back_and_said_so(folder, tmp_path):
     model, _, _ = moved(folder, 1e-3)
     with pytest.warns(UserWarning, match="left the manifold by .*brought back"):
@@ -182,6 +183,7 @@ def test_what_is_saved_a_little_off_is_brought_back_and_said_so(folder, tmp_path
             assert distance_to_stiefel(value if value.shape[0] > value.shape[1] else value.mT) < 1e-6, name
 
 
+@since_peft_0_21
 def test_weights_gathered_from_elsewhere_are_looked_at_too(folder, tmp_path):
     model = trained(folder)
     state = {name: value * 1.5 if "stella_U" in name else value for name, value in model.state_dict().items()}
@@ -190,7 +192,7 @@ def test_weights_gathered_from_elsewhere_are_looked_at_too(folder, tmp_path):
     assert not list(tmp_path.glob("*.safetensors"))
 
 
-@pytest.mark.parametrize("door", ["save", "merge", "export", "export merged"])
+@pytest.mark.parametrize("door", [pytest.param("save", marks=since_peft_0_21), "merge", "export", "export merged"])
 def test_what_is_far_off_is_neither_saved_nor_merged_nor_exported(door, folder, tmp_path):
     model, _, _ = moved(folder, 0.5)
     doors = {

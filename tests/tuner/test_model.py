@@ -7,7 +7,7 @@ import pickle
 import pytest
 import small_models
 import torch
-from methods import METHODS, every_method
+from methods import METHODS, every_method, since_peft_0_21
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -291,7 +291,20 @@ def test_modules_to_save_are_trained_and_saved(method, tmp_path):
 
 
 @every_method
-@pytest.mark.parametrize(("bias", "count"), [("none", 0), ("all", 2), ("only", 1)])
+@pytest.mark.parametrize("bias", ["all", "only"])
+def test_biases_that_an_older_peft_would_not_save_are_refused(method, bias, monkeypatch):
+    monkeypatch.setattr("beyondlora.tuner.config.METHODS_SAY_WHAT_IS_SAVED", False)
+    bias = f"{method.config_cls.method}_only" if bias == "only" else bias
+    with pytest.raises(ValueError, match="would train the biases and not save them. Install peft >= 0.21"):
+        method.config(target_modules=["first"], bias=bias)
+    method.config(target_modules=["first"], bias="none")
+
+
+@every_method
+@pytest.mark.parametrize(
+    ("bias", "count"),
+    [("none", 0), pytest.param("all", 2, marks=since_peft_0_21), pytest.param("only", 1, marks=since_peft_0_21)],
+)
 def test_biases(method, bias, count, tmp_path):
     bias = f"{method.config_cls.method}_only" if bias == "only" else bias
     model = get_peft_model(small_models.Perceptron(), method.config(target_modules=["first"], bias=bias))

@@ -2,15 +2,20 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Any, ClassVar
 
 import torch
 from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import PeftType
 from torch import Tensor
 
 from ..adapters.adapter import Adapter
 from ..adapters.reading import Reading
+
+# Since peft 0.21 a method says itself what is saved of it. Before, biases of methods from outside are left out.
+METHODS_SAY_WHAT_IS_SAVED = hasattr(BaseTuner, "_get_adapter_state_dict")
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,11 @@ class AdapterConfig(PeftConfig):
         biases = ("none", "all", f"{self.method}_only")
         if self.bias not in biases:
             self._refuse(f"bias={self.bias!r} is unknown; choose one of {list(biases)}.")
+        if self.bias != "none" and not METHODS_SAY_WHAT_IS_SAVED:
+            self._refuse(
+                f"bias={self.bias!r}: peft {version('peft')} would train the biases and not save them. Install "
+                "peft >= 0.21, or leave bias at 'none'."
+            )
         if self.layers_pattern and self.layers_to_transform is None:
             self._refuse("layers_pattern says where to count layers: give layers_to_transform, too.")
         self._check_choice("init_lora_weights", self.init_lora_weights, self.starts())
