@@ -150,11 +150,12 @@ class Grid:
             )
         if self.test_fraction is not None and not 0 < self.test_fraction < 1:
             raise ValueError(f"grid: test_fraction={self.test_fraction!r} must lie between 0 and 1")
-        if not self.metric.on_test_rows and self.settings > 1:
+        of_baseline = {run.arm for run in self.runs if self.baseline in (run.arm, run.method)}
+        if not self.metric.on_test_rows and max(self.settings, len(of_baseline)) > 1:
             raise ValueError(
-                f"grid: {self.metric.name} is of the same rows in validation as in testing, so a learning rate chosen "
-                f"by it could not be judged by it, and an arm has {self.settings} settings. Search by another metric, "
-                "then give one setting an arm"
+                f"grid: {self.metric.name} is of the same rows in validation as in testing, so what was chosen by it "
+                f"cannot be judged by it, and here are {self.settings} settings an arm and {len(of_baseline)} arms to "
+                "choose the baseline from. Search by another metric; then give one setting, and one arm as baseline"
             )
         if not 0.5 <= self.confidence < 1:
             raise ValueError(f"grid: confidence={self.confidence!r} must lie between 0.5 and 1, for example 0.95")

@@ -98,7 +98,12 @@ METRICS = {  # the first is the default
     ],
 }
 FORGETTING = Metric(
-    "forgetting", False, ("forgetting_before", "forgetting_after", "forgetting_tokens"), _forgetting, of="corpus"
+    "forgetting",
+    False,
+    ("forgetting_before", "forgetting_after", "forgetting_tokens"),
+    _forgetting,
+    of="corpus",
+    on_test_rows=False,
 )
 
 
