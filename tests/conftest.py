@@ -1,8 +1,15 @@
 """Fixtures of the tests that run the main job."""
 
 import multiprocessing
+import signal
 
 import pytest
+
+
+def pytest_configure():
+    """A shell that starts the tests in its background has Ctrl-C ignored in them, and in all that they start."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -471,3 +471,20 @@ def test_somebody_elses_handler_is_left_alone(recipe):
         assert signal.getsignal(signal.SIGINT) is theirs
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+PROMPTS = {"peft_type": "P_TUNING", "num_virtual_tokens": 3, "encoder_hidden_size": 16}
+
+
+def test_an_encoder_of_prompts_is_measured_as_it_is_saved(recipe, tmp_path):
+    summary = train(recipe(adapter=PROMPTS, learning_rate=0.05))
+    assert summary["metrics"] == evaluate(tmp_path / "run")["metrics"]
+
+
+def test_an_encoder_of_prompts_cannot_be_resumed(recipe, tmp_path):
+    wanted = recipe(adapter=PROMPTS, save_steps=1)
+    with pytest.raises(KeyboardInterrupt):
+        train(wanted, progress=Swallowing())
+    with pytest.raises(ValueError, match="P_TUNING trains an encoder of prompts, and PEFT saves the prompts alone"):
+        train(wanted, resume=True)
+    assert train(wanted, overwrite=True)["steps"] == 12

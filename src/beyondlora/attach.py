@@ -220,6 +220,28 @@ def load_weights(model: Trained, folder: Path) -> None:
     set_peft_model_state_dict(model, found)
 
 
+def with_weights(model: Trained, folder: Path) -> Trained:
+    """A model of this form with the tensors of a folder: itself where it can take them. Raises: as `load_weights`.
+
+    Of an encoder of prompts PEFT saves the prompts that it made, so a folder is put onto the base model as a user does.
+    """
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        home = model.device
+        return load_trained(folder, model.get_base_model()).to(home)
+    load_weights(model, folder)
+    return model
+
+
+def resume_refusal(config: Any) -> str | None:
+    """Why a training with this config cannot go on from a checkpoint of PEFT's; None where it can."""
+    if getattr(config, "prefix_projection", False) or hasattr(config, "encoder_reparameterization_type"):
+        return (
+            f"{config.peft_type.value} trains an encoder of prompts, and PEFT saves the prompts alone: there is "
+            "nothing to resume from. Give --overwrite to start anew."
+        )
+    return None
+
+
 def _load_model(model: transformers.PreTrainedModel, folder: Path) -> None:
     """Load a whole model's tensors; none may be missing or of another shape."""
     try:

@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 from transformers.trainer_callback import PrinterCallback
 
 from . import curves, data, models
-from .attach import Trained, attach, config_from, count_parameters, load_weights, quiet
+from .attach import Trained, attach, config_from, count_parameters, load_weights, quiet, resume_refusal, with_weights
 from .evaluate import device, load_base
 from .figures import Examination, check_extras
 from .interrupts import listening
@@ -71,6 +71,9 @@ def train(
         if run.metrics.exists():
             progress.say(f"The run in {run.path} is finished; nothing to resume.")
             return _read_json(run.metrics)
+    checkpoint = run.newest_checkpoint() if resume else None
+    if checkpoint is not None and (refusal := resume_refusal(config)):
+        raise ValueError(refusal)
     check_extras(recipe)
     if not curves.can_draw():
         progress.say("curves.png will be skipped: matplotlib is not installed (pip install 'beyondlora[plots]').")
@@ -87,7 +90,6 @@ def train(
     examination = examination and examination.begun_with(base, device())
     model = attach(base, config, recipe)
 
-    checkpoint = run.newest_checkpoint() if resume else None
     if checkpoint is not None:
         _check_same_data(splits, run)
         progress.say(f"Resuming from step {_step_of(checkpoint)}.")
@@ -194,6 +196,7 @@ def _fit(
 def _finish(model: Trained, recorder: Recorder, examination: Examination | None) -> dict[str, Any]:
     """Save the last adapter, measure the best, write the summary; metrics.json comes last, and says: finished."""
     run, recipe = recorder.run, recorder.recipe
+    trainable, total = count_parameters(model)
     if recorder.main:
         recorder.save(model, run.last)
         if not recorder.best_step:
@@ -201,9 +204,8 @@ def _finish(model: Trained, recorder: Recorder, examination: Examination | None)
     PartialState().wait_for_everyone()
     scores: Measurements = {}
     if examination is not None:
-        load_weights(model, run.adapter)
+        model = with_weights(model, run.adapter)
         scores = recorder.examine(model, examination)
-    trainable, total = count_parameters(model)
     summary = {
         "task": recipe.task,
         "peft_type": recipe.adapter["peft_type"],

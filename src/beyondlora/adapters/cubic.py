@@ -7,7 +7,8 @@ definition and the test's other side) finds them through all functions of three 
 Legend: T tokens, R rank, K = G + 3 basis functions, P = K + 7 with a margin where values beyond the grid go.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -15,8 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 MARGIN = (3, 4)  # functions that a cell at the lower and at the upper end reaches and that do not exist
-# The functions of a cell, from the one that is leaving to the one that begins: coefficients of 1, u, u², u³.
-VALUES = ((1 / 6, -1 / 2, 1 / 2, -1 / 6), (2 / 3, 0, -1, 1 / 2), (1 / 6, 1 / 2, 1 / 2, -1 / 2), (0, 0, 0, 1 / 6))
+Four = tuple[Tensor, Tensor, Tensor, Tensor]  # of the functions of a cell, from the one that is leaving to the new one
 
 
 class UniformGrid(NamedTuple):
@@ -28,50 +28,42 @@ class UniformGrid(NamedTuple):
     pooled: bool
 
     def locate(self, z_TR: Tensor) -> tuple[Tensor, Tensor]:
-        """Where z lies: the index, in a flat table of P entries a row, of its cell's first function; and u."""
-        place_TR = ((z_TR - self.low) / self.spacing + 3).clamp(0, self.intervals + 6)
+        """Where z lies: its cell, which is the place of the cell's first function in a row of P, and u in it."""
+        place_TR = ((z_TR - self.low) / self.spacing).add_(3).clamp_(0, self.intervals + 6)
         cell_TR = place_TR.detach().floor()
-        rows = z_TR.shape[0 if self.pooled else 1]
-        first = torch.arange(rows, device=z_TR.device) * (self.intervals + 3 + sum(MARGIN))
-        # A nan has no cell: it takes the first one, and stays nan in u.
-        return cell_TR.nan_to_num(0).long() + (first[:, None] if self.pooled else first), place_TR - cell_TR
+        return cell_TR.nan_to_num(0).long(), place_TR - cell_TR  # a nan has no cell: the first, and it stays nan in u
 
 
-def values(u_TR: Tensor) -> Tensor:
-    """The four basis functions of a cell at u, (4, T, R)."""
-    return polynomials(u_TR, VALUES)
+def values(u_TR: Tensor) -> Four:
+    """The four basis functions of a cell at u."""
+    rest_TR, square_TR = 1 - u_TR, u_TR * u_TR
+    leaving_TR, new_TR = (rest_TR * rest_TR * rest_TR).div_(6), (square_TR * u_TR).div_(6)
+    second_TR = torch.sub(2 / 3 - square_TR, new_TR, alpha=-3)
+    return leaving_TR, second_TR, 1 - leaving_TR - second_TR - new_TR, new_TR  # they add up to 1
 
 
-def slopes(u_TR: Tensor) -> Tensor:
-    """Their derivatives with respect to u, (4, T, R)."""
-    return polynomials(u_TR, [[degree * c for degree, c in enumerate(powers)][1:] for powers in VALUES])
+def slopes(u_TR: Tensor) -> Four:
+    """Their derivatives with respect to u."""
+    rest_TR = 1 - u_TR
+    leaving_TR, new_TR = (rest_TR * rest_TR).div_(-2), (u_TR * u_TR).div_(2)
+    second_TR = (3 * new_TR).sub_(u_TR, alpha=2)
+    return leaving_TR, second_TR, -leaving_TR - second_TR - new_TR, new_TR
 
 
-def polynomials(u_TR: Tensor, coefficients: Sequence[Sequence[float]]) -> Tensor:
-    """Σ_i c_i uⁱ for each row of coefficients, by Horner's rule."""
-    *rest, result = u_TR.new_tensor(coefficients).mT[:, :, None, None]
-    for coefficient in reversed(rest):
-        result = torch.addcmul(coefficient, result, u_TR)
-    return result
+def spread(cell_TR: Tensor, weights: Iterable[Tensor], size: int) -> Tensor:
+    """Each row's weights (T, R), added at their functions' places: (T, K)."""
+    weights = list(weights)
+    table_TP = weights[0].new_zeros(len(cell_TR), size + sum(MARGIN))
+    for first, weight_TR in enumerate(weights):
+        table_TP[:, first:].scatter_add_(1, cell_TR, weight_TR)
+    return table_TP[:, MARGIN[0] : -MARGIN[1]]
 
 
-def spread(index_TR: Tensor, weights_4TR: Tensor, rows: int, size: int) -> Tensor:
-    """Add each weight at its function's place: (rows, K)."""
-    width = size + sum(MARGIN)
-    table = weights_4TR.new_zeros(rows * width)
-    table.scatter_add_(0, four(index_TR).reshape(-1), weights_4TR.reshape(-1))
-    return table.view(rows, width)[:, MARGIN[0] : -MARGIN[1]]
-
-
-def collect(table_K: Tensor, index_TR: Tensor, weights_4TR: Tensor) -> Tensor:
-    """Σ weight · table entry over the four functions of each cell, (T, R)."""
-    entries = F.pad(table_K, MARGIN).view(-1).index_select(0, four(index_TR).reshape(-1))
-    return (entries.view_as(weights_4TR) * weights_4TR).sum(0)
-
-
-def four(index_TR: Tensor) -> Tensor:
-    """The indices of a cell's four functions, (4, T, R)."""
-    return index_TR + torch.arange(4, device=index_TR.device)[:, None, None]
+def collect(table_TK: Tensor, cell_TR: Tensor, weights: Iterable[Tensor]) -> Tensor:
+    """Σ weight · table entry over the four functions of each cell, by rows: (T, R)."""
+    table_TP = F.pad(table_TK, MARGIN)
+    parts = (table_TP[:, first:].gather(1, cell_TR).mul_(weight_TR) for first, weight_TR in enumerate(weights))
+    return functools.reduce(Tensor.add_, parts)
 
 
 class AdaptiveCubic(torch.autograd.Function):
@@ -82,12 +74,13 @@ class AdaptiveCubic(torch.autograd.Function):
         """Values; saves its inputs."""
         ctx.save_for_backward(z_TR, H_RR, W_RK)
         ctx.grid = grid
-        index_TR, u_TR = grid.locate(z_TR)
         if grid.pooled:
-            spline_TR = spread(index_TR, values(u_TR), z_TR.shape[0], W_RK.shape[1]) @ W_RK.mT
+            cell_TR, u_TR = grid.locate(z_TR)
+            spline_TR = spread(cell_TR, values(u_TR), W_RK.shape[1]) @ W_RK.mT
         else:
-            spline_TR = collect(W_RK, index_TR, values(u_TR))
-        return spline_TR.add_(torch.tanh_(torch.tanh(z_TR) @ H_RR.mT))
+            cell_RT, u_RT = grid.locate(z_TR.mT)
+            spline_TR = collect(W_RK, cell_RT, values(u_RT)).mT
+        return torch.tanh_(torch.tanh(z_TR) @ H_RR.mT).add_(spline_TR)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -97,11 +90,12 @@ class AdaptiveCubic(torch.autograd.Function):
         tanh_TR = torch.tanh(z_TR)
         du_TR = g_TR * (1 - torch.tanh(tanh_TR @ H_RR.mT).square())
         dz_TR = (du_TR @ H_RR) * (1 - tanh_TR.square())
-        index_TR, u_TR = ctx.grid.locate(z_TR)
         if ctx.grid.pooled:
-            spline_slope_TR = collect(g_TR @ W_RK, index_TR, slopes(u_TR))
-            dW_RK = g_TR.mT @ spread(index_TR, values(u_TR), z_TR.shape[0], W_RK.shape[1])
+            cell_TR, u_TR = ctx.grid.locate(z_TR)
+            spline_slope_TR = collect(g_TR @ W_RK, cell_TR, slopes(u_TR))
+            dW_RK = g_TR.mT @ spread(cell_TR, values(u_TR), W_RK.shape[1])
         else:
-            spline_slope_TR = g_TR * collect(W_RK, index_TR, slopes(u_TR))
-            dW_RK = spread(index_TR, g_TR * values(u_TR), *W_RK.shape)
+            cell_RT, u_RT = ctx.grid.locate(z_TR.mT)
+            spline_slope_TR = g_TR * collect(W_RK, cell_RT, slopes(u_RT)).mT
+            dW_RK = spread(cell_RT, (g_TR.mT * value_RT for value_RT in values(u_RT)), W_RK.shape[1])
         return dz_TR + spline_slope_TR / ctx.grid.spacing, du_TR.mT @ tanh_TR, dW_RK, None
