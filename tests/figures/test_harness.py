@@ -144,6 +144,9 @@ def test_train_and_evaluate_agree_and_the_figures_are_the_models(house, tasks, o
     stderr = np.std(right, ddof=1) / len(ROWS) ** 0.5
     assert trained["choose_acc"] == {"value": np.mean(right), "stderr": pytest.approx(stderr), "n": len(ROWS)}
     assert kept[0]["choose_acc"].tolist() == right
+    for name in ("choose_acc", "write_exact_match_whole", "write_exact_match_letter"):
+        assert len(kept[0][name]) == trained[name]["n"] == len(ROWS)
+        assert np.mean(kept[0][name]) == trained[name]["value"]
     assert trained["everything_acc"]["value"] == np.mean(right)
     followed = trained["follow_perplexity"]
     assert math.log(followed["value"]) == pytest.approx(math.log(perplexity(model, tokenizer)), rel=1e-5)
@@ -217,6 +220,8 @@ def test_the_model_and_the_generators_stay_as_they_were(house, tasks, own_alone)
     model.eval()
     expected = perplexity(model, tokenizer)
     model.train()
+    random.seed(7)
+    np.random.seed(7)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     drawn = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     level = logging.getLogger("lm_eval").level
