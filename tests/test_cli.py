@@ -216,7 +216,10 @@ def test_ctrl_c_in_a_terminal(recipe_file, tmp_path):
     while not (tmp_path / "run" / "metrics.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     child.send_signal(signal.SIGINT)
-    _, said = child.communicate(timeout=60)
+    try:
+        _, said = child.communicate(timeout=60)
+    finally:
+        child.kill()
     assert child.returncode == 130, said
     assert "Traceback" not in said
     assert "--resume" in said

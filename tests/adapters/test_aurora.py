@@ -155,3 +155,13 @@ def test_device_and_dtype_reach_every_weight() -> None:
 def test_bfloat16_weights_give_bfloat16_outputs(make: type[AuroraAdapter]) -> None:
     adapter = make(6, 5, 2, noop_start=False, dtype=torch.bfloat16)
     assert adapter(torch.randn(3, 6, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("spline", ["pooled", "per_dim"])
+def test_a_nan_has_no_cell_and_stays_a_nan(spline):
+    layer = AdaptiveNonlinearLayer(3, spline=spline)
+    layer.reset_parameters()
+    z_TR = torch.randn(4, 3)
+    z_TR[1, 2] = float("nan")
+    assert torch.equal(layer.closed_form(z_TR).isnan(), layer.by_definition(z_TR).isnan())
+    assert layer.closed_form(z_TR).isnan().any(1).tolist() == [False, True, False, False]
