@@ -91,7 +91,7 @@ class Harness:
         scores: Measurements = {}
         with inference(model):
             for number, tasks in enumerate(self.asked, start=1):
-                with _apart(), _weights_left_alone(model):
+                with _apart(), _errors_of_commands_dropped(), _weights_left_alone(model):
                     from lm_eval import simple_evaluate
                     from lm_eval.models.huggingface import HFLM
 
@@ -198,6 +198,19 @@ def _apart() -> Iterator[None]:
         logger.setLevel(level)
         random.setstate(python)
         np.random.set_state(numpy)
+
+
+@contextmanager
+def _errors_of_commands_dropped() -> Iterator[None]:
+    """It asks git for a commit, which complains where there is no repository, on the error stream of this process."""
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w", encoding="utf-8") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+            yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 @contextmanager
