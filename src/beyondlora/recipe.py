@@ -76,6 +76,9 @@ class Recipe:
         temperature: 0 = greedy; above it answers are drawn from the model's whole distribution.
         forgetting_dataset_name: causal-lm: a second corpus, read as plain text; its loss under the base model and after
             training.
+        lm_eval_tasks: causal-lm: tasks, groups or tags of lm-evaluation-harness, by its names; max_eval_samples is its
+            limit, the first so many rows of each task.
+        lm_eval_include_path: a folder with tasks of your own, in the harness's YAML.
 
     Training (transformers' names and meanings; the defaults, too, except learning_rate and the three intervals):
         learning_rate: the peak; > 0.
@@ -128,6 +131,8 @@ class Recipe:
     num_return_sequences: int = 1
     temperature: float = 0.0
     forgetting_dataset_name: str | None = None
+    lm_eval_tasks: list[str] | None = None
+    lm_eval_include_path: str | None = None
 
     learning_rate: float = 3e-4
     per_device_train_batch_size: int = 8
@@ -263,7 +268,9 @@ def _check_metrics(recipe: Recipe) -> None:
         )
     if recipe.forgetting_dataset_name is not None and recipe.task != "causal-lm":
         raise ValueError(f"forgetting_dataset_name is for task: causal-lm, a loss on text; the task is {recipe.task}")
-    asked = [name for name in ("metrics", "forgetting_dataset_name") if getattr(recipe, name)]
+    if recipe.lm_eval_tasks and recipe.task != "causal-lm":
+        raise ValueError(f"lm_eval_tasks are for task: causal-lm, questions about text; the task is {recipe.task}")
+    asked = [name for name in ("metrics", "forgetting_dataset_name", "lm_eval_tasks") if getattr(recipe, name)]
     held_out = recipe.eval_fraction or recipe.eval_dataset_name or recipe.dataset_test_split
     if asked and not held_out:
         raise ValueError(

@@ -47,6 +47,18 @@ def test_what_is_left_out_has_its_default():
     assert grid(metric="loss", baseline="LoRA r=8").metric.name == "loss"
 
 
+def test_nothing_is_chosen_by_the_rows_that_it_is_reported_on():
+    asked, one = {"forgetting_dataset_name": "other.txt"}, {"learning_rate": 1e-3, "baseline": "DoRA"}
+    assert grid(asked, metric="forgetting", **one).metric.of == "corpus"
+    assert grid(asked).settings == 2  # by the perplexity of other rows
+    for change, told in (
+        ({"learning_rate": [1e-3, 1e-2]}, "2 settings an arm and 1 arms"),
+        ({"baseline": "LoRA"}, "1 settings an arm and 2 arms"),
+    ):
+        with pytest.raises(ValueError, match=f"forgetting is of the same rows in validation as in testing.* {told}"):
+            grid(asked, metric="forgetting", **one | change)
+
+
 def test_what_a_method_says_itself_goes_before_what_holds_for_all():
     made = grid({"adapter": {"r": 16, "target_modules": "all-linear"}}, methods={"x": {"peft_type": "LORA", "r": 2}})
     assert made.runs[0].recipe.adapter == {"peft_type": "LORA", "r": 2, "target_modules": "all-linear"}

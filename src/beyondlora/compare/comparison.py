@@ -115,10 +115,9 @@ def _settled(grid: Grid, progress: Progress) -> tuple[Grid, HeldOut, dict[str, A
         progress.say(f"Note: {known} training rows are test rows too; figures on them flatter every method alike.")
     processor = models.load_processor(recipe.model_name_or_path, task=recipe.task, image_size=recipe.image_size)
     splits = data.prepare(data.read_splits(recipe), processor, recipe)
-    evaluation = data.prepare_evaluation(
-        recipe.replace(max_eval_samples=grid.max_test_samples), processor, path, label_names=splits.label_names
-    )
-    rows = Examination.of(recipe, processor, evaluation).counts[grid.metric.of]
+    tested = recipe.replace(max_eval_samples=grid.max_test_samples)
+    evaluation = data.prepare_evaluation(tested, processor, path, label_names=splits.label_names)
+    rows = Examination.of(tested, processor, evaluation).counts[grid.metric.of]
     check_rows(rows, grid.confidence)
     progress.say(f"{splits.description}; test: {evaluation.description}")
     test = HeldOut(path, evaluation.fingerprint, rows, grid.max_test_samples)

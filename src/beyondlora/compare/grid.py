@@ -123,10 +123,19 @@ class Grid:
             arms.setdefault(run.arm, []).append(run)
         return arms
 
+    @property
+    def seeds(self) -> int:
+        """How many there are."""
+        return len({run.seed for run in self.runs})
+
+    @property
+    def settings(self) -> int:
+        """How many of what is searched, in every arm."""
+        return len(self.runs) // len(self.arms) // self.seeds
+
     def describe(self) -> str:
         """The number of runs and where it comes from."""
-        arms, seeds = len(self.arms), len({run.seed for run in self.runs})
-        return f"{len(self.runs)} runs: {arms} arms x {len(self.runs) // arms // seeds} settings x {seeds} seeds"
+        return f"{len(self.runs)} runs: {len(self.arms)} arms x {self.settings} settings x {self.seeds} seeds"
 
     def _check(self) -> None:
         methods = list(dict.fromkeys(run.method for run in self.runs))
@@ -141,6 +150,13 @@ class Grid:
             )
         if self.test_fraction is not None and not 0 < self.test_fraction < 1:
             raise ValueError(f"grid: test_fraction={self.test_fraction!r} must lie between 0 and 1")
+        of_baseline = {run.arm for run in self.runs if self.baseline in (run.arm, run.method)}
+        if not self.metric.on_test_rows and max(self.settings, len(of_baseline)) > 1:
+            raise ValueError(
+                f"grid: {self.metric.name} is of the same rows in validation as in testing, so what was chosen by it "
+                f"cannot be judged by it, and here are {self.settings} settings an arm and {len(of_baseline)} arms to "
+                "choose the baseline from. Search by another metric; then give one setting, and one arm as baseline"
+            )
         if not 0.5 <= self.confidence < 1:
             raise ValueError(f"grid: confidence={self.confidence!r} must lie between 0.5 and 1, for example 0.95")
 

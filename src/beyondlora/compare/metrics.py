@@ -7,6 +7,7 @@ from functools import partial
 
 import numpy as np
 
+from ..figures import Harness, check_extras
 from ..recipe import Recipe, nearest
 
 Arrays = Mapping[str, np.ndarray]
@@ -18,6 +19,7 @@ class Metric:
 
     needs: the outcomes that it is made of.
     of: what its rows are, see Examination.counts.
+    on_test_rows: whether it is of other rows in testing than in validation; if not, nothing can be chosen by it.
     value: outcomes whose last axis are the rows -> one figure for all other axes.
     """
 
@@ -27,6 +29,7 @@ class Metric:
     value: Callable[[Arrays], np.ndarray]
     decimals: int = 4
     of: str = "rows"
+    on_test_rows: bool = True
 
 
 def _token_loss(rows: Arrays) -> np.ndarray:
@@ -95,26 +98,43 @@ METRICS = {  # the first is the default
     ],
 }
 FORGETTING = Metric(
-    "forgetting", False, ("forgetting_before", "forgetting_after", "forgetting_tokens"), _forgetting, of="corpus"
+    "forgetting",
+    False,
+    ("forgetting_before", "forgetting_after", "forgetting_tokens"),
+    _forgetting,
+    of="corpus",
+    on_test_rows=False,
 )
 
 
 def metrics_of(recipe: Recipe) -> list[Metric]:
-    """Every metric that the runs of a recipe can be compared by; the first is the default."""
+    """Every metric that the runs of a recipe can be compared by."""
     names = list(recipe.metrics or [])
     if "exact_match" in names:
         names.append("exact_match_strict")
     forgetting = [FORGETTING] if recipe.forgetting_dataset_name else []
     answers = [dataclasses.replace(_mean_of(name), of="questions") for name in names]
-    return [*METRICS[recipe.task], *answers, *forgetting]
+    return [*METRICS[recipe.task], *answers, *forgetting, *_of_harness(recipe)]
+
+
+def _of_harness(recipe: Recipe) -> list[Metric]:
+    """The figures of lm-evaluation-harness that rows can be resampled for, as the mean of a number for each."""
+    check_extras(recipe)
+    harness = Harness.of(recipe)
+    return [
+        dataclasses.replace(_mean_of(name, higher_is_better=mean.higher_is_better), of=name, on_test_rows=False)
+        for name, mean in (harness.means.items() if harness else ())
+    ]
 
 
 def metric_named(name: str | None, recipe: Recipe) -> Metric:
     """The metric of a name, or the task's default. Raises: ValueError."""
+    if name is None:
+        return METRICS[recipe.task][0]
     known = {metric.name: metric for metric in metrics_of(recipe)}
-    if name is not None and name not in known:
+    if name not in known:
         raise ValueError(
             f"grid: metric {name!r} is not measured for {recipe.task}; {nearest(name, list(known))} What else there "
-            "is, a recipe asks for by metrics: and forgetting_dataset_name:."
+            "is, a recipe asks for by metrics:, forgetting_dataset_name: and lm_eval_tasks:."
         )
-    return known[name] if name is not None else metrics_of(recipe)[0]
+    return known[name]

@@ -7,3 +7,4 @@
 
 from .examination import Examination as Examination
 from .examination import check_extras as check_extras
+from .harness import Harness as Harness

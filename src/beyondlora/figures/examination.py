@@ -18,14 +18,16 @@ from ..run_folder import write_text
 from .choices import first_named, most_likely
 from .forgetting import Corpus
 from .generation import write
+from .harness import Harness
 from .solutions import pass_at_k, right, strict
 
-EXTRAS = {  # what figures need beyond the plain installation: task or metric -> (module, extra)
+EXTRAS = {  # what figures need beyond the plain installation: task, metric or key -> (module, extra)
     "sequence-classification": [("sklearn", "metrics")],
     "sequence-regression": [("scipy", "metrics")],
     "image-classification": [("sklearn", "metrics"), ("PIL", "images")],
     "exact_match": [("math_verify", "math")],
     "pass@": [("math_verify", "math")],
+    "lm_eval_tasks": [("lm_eval", "lm_eval")],
 }
 
 OnBatch = Callable[[int, int], None]
@@ -33,10 +35,11 @@ OnBatch = Callable[[int, int], None]
 
 def check_extras(recipe: Recipe) -> None:
     """Refuse a recipe whose figures need what is not installed. Raises: ValueError."""
-    for name in (recipe.task, *(recipe.metrics or ())):
+    asked = [("task", recipe.task), *(("metric", name) for name in recipe.metrics or ())]
+    asked += [("key", "lm_eval_tasks")] if recipe.lm_eval_tasks else []
+    for what, name in asked:
         for module, extra in EXTRAS.get("pass@" if passes(name) else name, []):
             if importlib.util.find_spec(module) is None:
-                what = "task" if name == recipe.task else "metric"
                 raise ValueError(
                     f"{what} {name} needs {module}, which is not installed: pip install 'beyondlora[{extra}]'"
                 )
@@ -50,11 +53,12 @@ class Examination:
     processor: Any
     rows: data.Evaluation
     corpus: Corpus | None = None
+    harness: Harness | None = None
 
     @classmethod
     def of(cls, recipe: Recipe, processor: Any, rows: data.Evaluation) -> "Examination":
         """Everything that can be made ready without a model. Raises: as reading data does."""
-        return cls(recipe, processor, rows, Corpus.of(recipe, processor))
+        return cls(recipe, processor, rows, Corpus.of(recipe, processor), Harness.of(recipe))
 
     def begun_with(self, base: Any, device: torch.device) -> "Examination":
         """The same, knowing what the base model knew before anything was attached to it; the base stays where it is."""
@@ -67,9 +71,10 @@ class Examination:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Rows with a loss, questions, and blocks of the second corpus."""
+        """Rows with a loss, questions, blocks of the second corpus; by the name of its figure, rows of the harness."""
         corpus = 0 if self.corpus is None else len(self.corpus.rows.rows)
-        return {"rows": len(self.rows.rows), "questions": len(self.rows.questions), "corpus": corpus}
+        harness = {} if self.harness is None else {name: mean.rows for name, mean in self.harness.means.items()}
+        return {"rows": len(self.rows.rows), "questions": len(self.rows.questions), "corpus": corpus} | harness
 
     def measure(
         self,
@@ -86,7 +91,8 @@ class Examination:
             batch_size: None = the recipe's.
             on_batch: called with (rows done, rows in all); begins anew with every kind of figure.
             on_outcomes: called once with what every row came to (see measure.measure), and a number for each question
-                under the name of its metric, and forgetting_before, forgetting_after, forgetting_tokens.
+                under the name of its metric, and forgetting_before, forgetting_after, forgetting_tokens; under the
+                names of the harness's figures what they are the means of.
             keep: a file for what was asked, chosen and written, one JSON object a line.
         """
         outcomes: Outcomes = {}
@@ -102,6 +108,8 @@ class Examination:
                 write_text(keep, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
         if self.corpus is not None:
             scores |= self.corpus.measure(model, on_outcomes=outcomes.update, **how)
+        if self.harness is not None:
+            scores |= self.harness.measure(model, self.processor, on_outcomes=outcomes.update, **how)
         if on_outcomes:
             on_outcomes(outcomes)
         return scores
