@@ -90,6 +90,14 @@ def test_what_the_hub_answers_becomes_advice(monkeypatch, message, advice):
         models.load_processor("nobody/nothing", task="causal-lm")
 
 
+@needs_shared
+def test_a_number_in_a_path_is_no_answer_of_the_hub(stories):
+    place = stories.rename(stories.with_name("run-401"))
+    (place / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"run-401'.*no file named model\.safetensors"):
+        models.load_base(str(place), task="causal-lm")
+
+
 # Base models ----------------------------------------------------------------------------------------------------------
 
 

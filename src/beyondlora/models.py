@@ -209,13 +209,14 @@ def _explained(name: str, wanted: str) -> Iterator[None]:
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if str(error).startswith("model_name_or_path="):
             raise
-        raise ValueError(f"model_name_or_path={name!r}: cannot load {wanted}: {_reason(error)}") from error
+        raise ValueError(f"model_name_or_path={name!r}: cannot load {wanted}: {_reason(error, name)}") from error
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, name: str) -> str:
     text = str(error)
     lowered = text.lower()
-    if "gated" in lowered or "401" in lowered or "403" in lowered:
+    # The hub's answers; a path may hold any number.
+    if not Path(name).exists() and ("gated" in lowered or "401" in lowered or "403" in lowered):
         return "it is gated or private; accept its terms on its hub page and run `hf auth login`"
     if "couldn't connect" in lowered:
         return "there is no local folder of that name, and the hub cannot be reached; check the name and the network"
