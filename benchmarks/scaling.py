@@ -104,6 +104,8 @@ def main() -> None:
             panels[0][column].plot(values, theory, "--", color="grey", alpha=0.5 + place / 2, label=label)
         for row, unit in enumerate(["ms", "MiB at the peak"]):
             panels[row][column].set(xscale="log", yscale="log", xlabel=axis, ylabel=unit)
+            panels[row][column].set_xticks(values, values)
+            panels[row][column].minorticks_off()
     panels[0][0].legend(fontsize=8)
     figure.savefig(arguments.out.with_suffix(".png"), dpi=110)
     arguments.out.write_text("\n".join([*lines, ""]), encoding="utf-8")
