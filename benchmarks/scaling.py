@@ -25,6 +25,7 @@ from beyondlora import AuroraConfig, CeraConfig, StellaConfig
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
+from matplotlib.ticker import NullLocator
 
 METHODS: dict[str, Any] = {"LoRA": LoraConfig, "CeRA": CeraConfig, "AuroRA": AuroraConfig, "StelLA": StellaConfig}
 AXES: dict[str, list[int]] = {
@@ -105,7 +106,7 @@ def main() -> None:
         for row, unit in enumerate(["ms", "MiB at the peak"]):
             panels[row][column].set(xscale="log", yscale="log", xlabel=axis, ylabel=unit)
             panels[row][column].set_xticks(values, values)
-            panels[row][column].minorticks_off()
+            panels[row][column].xaxis.set_minor_locator(NullLocator())
     panels[0][0].legend(fontsize=8)
     figure.savefig(arguments.out.with_suffix(".png"), dpi=110)
     arguments.out.write_text("\n".join([*lines, ""]), encoding="utf-8")
