@@ -81,11 +81,10 @@ def converted(script: str, llama_cpp: Path, *arguments: str | Path, out: Path) -
     return out
 
 
-def trained(recipe: str, adapter: dict[str, Any], folder: Path) -> Path:
+def trained(recipe: str, adapter: dict[str, Any], folder: Path) -> None:
     """A run of one of configs/."""
     loaded = Recipe.load(Path("configs") / f"{recipe}.yaml")
     train(loaded.replace(adapter=loaded.adapter | adapter, output_dir=str(folder), max_eval_samples=50))
-    return folder
 
 
 def compared(name: str, live: torch.Tensor, theirs: torch.Tensor, ids: torch.Tensor) -> str:
@@ -102,6 +101,21 @@ def perplexity(logits_BTV: torch.Tensor, ids_BT: torch.Tensor) -> float:
     return float((-chosen.mean()).exp())
 
 
+def live_logits(model: Any, ids_BT: torch.Tensor) -> torch.Tensor:
+    """Of a model in this process, (blocks, T, vocabulary)."""
+    with torch.no_grad():
+        return torch.cat([model.eval()(ids_T[None]).logits for ids_T in ids_BT])
+
+
+def their_logits(python: Path, model: Path, adapter: Path | None, ids_BT: torch.Tensor) -> torch.Tensor:
+    """Of llama.cpp, (blocks, T, vocabulary)."""
+    with tempfile.TemporaryDirectory() as folder:
+        asked, answer = Path(folder) / "blocks.json", Path(folder) / "logits.npy"
+        asked.write_text(json.dumps(ids_BT.tolist()))
+        subprocess.run([str(python), "-c", ASK, str(model), str(adapter or "-"), str(asked), str(answer)], check=True)
+        return torch.from_numpy(np.load(answer))
+
+
 def main() -> None:
     """Convert, ask both, compare, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -115,25 +129,18 @@ def main() -> None:
     tokens = AutoTokenizer.from_pretrained(BASE)(TEXT.read_text(encoding="utf-8"))["input_ids"]
     ids = torch.tensor(tokens[-options.blocks * WINDOW :]).view(options.blocks, WINDOW)
     model = converted("convert_hf_to_gguf.py", llama_cpp, BASE, out=place / "base.gguf")
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        asked, answer = Path(folder) / "blocks.json", Path(folder) / "logits.npy"
-        asked.write_text(json.dumps(ids.tolist()))
-        for name, wanted in {"base model": None, **ADAPTERS}.items():
-            live: Any = AutoModelForCausalLM.from_pretrained(BASE) if wanted is None else None
-            adapter: Path | str = "-"
-            if wanted is not None:
-                run = place / wanted["recipe"]
-                if not (run / "metrics.json").exists():
-                    trained(wanted["recipe"], wanted.get("adapter", {}), run)
-                live, exported = open_target(run).load(), Path(folder) / run.name
-                export(run, exported)
-                adapter = Path(folder) / f"{run.name}.gguf"
-                converted("convert_lora_to_gguf.py", llama_cpp, "--base", BASE, exported, out=adapter)
-            with torch.no_grad():
-                logits = torch.cat([live.eval()(block[None]).logits for block in ids])
-            subprocess.run([str(python), "-c", ASK, str(model), str(adapter), str(asked), str(answer)], check=True)
-            rows.append(compared(name, logits, torch.from_numpy(np.load(answer)), ids))
+    live = live_logits(AutoModelForCausalLM.from_pretrained(BASE), ids)
+    rows = [compared("base model", live, their_logits(python, model, None, ids), ids)]
+    for name, wanted in ADAPTERS.items():
+        run = place / wanted["recipe"]
+        if not (run / "metrics.json").exists():
+            trained(wanted["recipe"], wanted.get("adapter", {}), run)
+        with tempfile.TemporaryDirectory() as folder:
+            export(run, Path(folder) / "lora")
+            adapter = place / f"{run.name}.gguf"
+            converted("convert_lora_to_gguf.py", llama_cpp, "--base", BASE, Path(folder) / "lora", out=adapter)
+        live = live_logits(open_target(run).load(), ids)
+        rows.append(compared(name, live, their_logits(python, model, adapter, ids), ids))
     publish([*head(options.blocks), *rows], options.out)
 
 

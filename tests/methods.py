@@ -51,3 +51,6 @@ since_peft_0_21 = pytest.mark.skipif(
     not METHODS_SAY_WHAT_IS_SAVED, reason="peft 0.20 decides by itself what it saves of a method from outside"
 )
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+one_of_each_paper = pytest.mark.parametrize(
+    "method", [m for m in METHODS if m.name in ("cera", "aurora", "stella")], ids=lambda method: method.name
+)

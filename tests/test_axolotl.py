@@ -7,13 +7,10 @@ Axolotl is not part of the development environment (it pins the versions of most
 import pytest
 import small_models
 import torch
-from methods import METHODS
+from methods import one_of_each_paper
 from peft import PeftModel
 
 pytest.importorskip("axolotl.integrations.base")
-one_of_each_paper = pytest.mark.parametrize(
-    "method", [m for m in METHODS if m.name in ("cera", "aurora", "stella")], ids=lambda method: method.name
-)
 PLUGIN = "beyondlora.axolotl.BeyondLoraPlugin"
 
 

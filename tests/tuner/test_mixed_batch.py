@@ -3,7 +3,7 @@
 import pytest
 import small_models
 import torch
-from methods import METHODS, every_method
+from methods import METHODS, every_method, one_of_each_paper
 from peft import get_peft_model
 from torch import nn
 from transformers import BartConfig, BartForConditionalGeneration
@@ -11,9 +11,6 @@ from transformers import BartConfig, BartForConditionalGeneration
 from beyondlora import CeraConfig, StellaConfig
 from beyondlora.tuner.layer import AdapterLayer
 
-one_of_each_paper = pytest.mark.parametrize(
-    "method", [m for m in METHODS if m.name in ("cera", "aurora", "stella")], ids=lambda method: method.name
-)
 IDS = small_models.tokens(rows=5)
 NAMES = ["one", "__base__", "two", "one", "two"]
 

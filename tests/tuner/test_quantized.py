@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import small_models
 import torch
-from methods import METHODS
+from methods import METHODS, one_of_each_paper
 from peft import get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
@@ -20,9 +20,6 @@ from beyondlora.manifold.linear import StiefelLinear
 from beyondlora.tuner.layer import AdapterLayer
 from beyondlora.tuner.packing import keep_unpacked
 
-one_of_each_paper = pytest.mark.parametrize(
-    "method", [m for m in METHODS if m.name in ("cera", "aurora", "stella")], ids=lambda method: method.name
-)
 mergeable = pytest.mark.parametrize(
     "method", [m for m in METHODS if m.name in ("cera-linear", "stella")], ids=lambda m: m.name
 )

@@ -4,7 +4,7 @@ import pytest
 import small_models
 import torch
 from huggingface_hub import ModelCard
-from methods import METHODS
+from methods import one_of_each_paper
 from peft import (
     AutoPeftModel,
     AutoPeftModelForCausalLM,
@@ -28,9 +28,6 @@ from beyondlora import StellaConfig
 from beyondlora.tuner.base_layers import layer_problem
 from beyondlora.tuner.layer import AdapterLayer
 
-one_of_each_paper = pytest.mark.parametrize(
-    "method", [m for m in METHODS if m.name in ("cera", "aurora", "stella")], ids=lambda method: method.name
-)
 IDS = small_models.tokens()
 
 

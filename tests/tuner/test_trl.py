@@ -3,16 +3,13 @@
 import pytest
 import torch
 from datasets import Dataset
-from methods import METHODS
+from methods import one_of_each_paper
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from beyondlora.manifold import distance_to_stiefel
 from beyondlora.manifold.linear import StiefelLinear
 
 trl = pytest.importorskip("trl")
-one_of_each_paper = pytest.mark.parametrize(
-    "method", [m for m in METHODS if m.name in ("cera", "aurora", "stella")], ids=lambda method: method.name
-)
 pytestmark = [
     pytest.mark.usefixtures("fresh_accelerate"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"),

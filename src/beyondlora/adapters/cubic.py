@@ -28,10 +28,14 @@ class UniformGrid(NamedTuple):
     pooled: bool
 
     def locate(self, z_TR: Tensor) -> tuple[Tensor, Tensor]:
-        """Where z lies: its cell, which is the place of the cell's first function in a row of P, and u in it."""
-        place_TR = ((z_TR - self.low) / self.spacing).add_(3).clamp_(0, self.intervals + 6)
-        cell_TR = place_TR.detach().floor()
-        return cell_TR.nan_to_num(0).long(), place_TR - cell_TR  # a nan has no cell: the first, and it stays nan in u
+        """Where z lies: its cell, which is the place of the cell's first function in a row of P, and u in it.
+
+        A row a basis: (T, R) if pooled, else (R, T).
+        """
+        rows = z_TR if self.pooled else z_TR.mT
+        place = ((rows - self.low) / self.spacing).add_(3).clamp_(0, self.intervals + 6)
+        cell = place.detach().floor()
+        return cell.nan_to_num(0).long(), place - cell  # a nan has no cell: the first, and it stays nan in u
 
 
 def values(u_TR: Tensor) -> Four:
@@ -74,12 +78,11 @@ class AdaptiveCubic(torch.autograd.Function):
         """Values; saves its inputs."""
         ctx.save_for_backward(z_TR, H_RR, W_RK)
         ctx.grid = grid
+        cell, u = grid.locate(z_TR)
         if grid.pooled:
-            cell_TR, u_TR = grid.locate(z_TR)
-            spline_TR = spread(cell_TR, values(u_TR), W_RK.shape[1]) @ W_RK.mT
+            spline_TR = spread(cell, values(u), W_RK.shape[1]) @ W_RK.mT
         else:
-            cell_RT, u_RT = grid.locate(z_TR.mT)
-            spline_TR = collect(W_RK, cell_RT, values(u_RT)).mT
+            spline_TR = collect(W_RK, cell, values(u)).mT
         return torch.tanh_(torch.tanh(z_TR) @ H_RR.mT).add_(spline_TR)
 
     @staticmethod
@@ -90,12 +93,11 @@ class AdaptiveCubic(torch.autograd.Function):
         tanh_TR = torch.tanh(z_TR)
         du_TR = g_TR * (1 - torch.tanh(tanh_TR @ H_RR.mT).square())
         dz_TR = (du_TR @ H_RR) * (1 - tanh_TR.square())
+        cell, u = ctx.grid.locate(z_TR)
         if ctx.grid.pooled:
-            cell_TR, u_TR = ctx.grid.locate(z_TR)
-            spline_slope_TR = collect(g_TR @ W_RK, cell_TR, slopes(u_TR))
-            dW_RK = g_TR.mT @ spread(cell_TR, values(u_TR), W_RK.shape[1])
+            spline_slope_TR = collect(g_TR @ W_RK, cell, slopes(u))
+            dW_RK = g_TR.mT @ spread(cell, values(u), W_RK.shape[1])
         else:
-            cell_RT, u_RT = ctx.grid.locate(z_TR.mT)
-            spline_slope_TR = g_TR * collect(W_RK, cell_RT, slopes(u_RT)).mT
-            dW_RK = spread(cell_RT, (g_TR.mT * value_RT for value_RT in values(u_RT)), W_RK.shape[1])
+            spline_slope_TR = g_TR * collect(W_RK, cell, slopes(u)).mT
+            dW_RK = spread(cell, (g_TR.mT * value_RT for value_RT in values(u)), W_RK.shape[1])
         return dz_TR + spline_slope_TR / ctx.grid.spacing, du_TR.mT @ tanh_TR, dW_RK, None

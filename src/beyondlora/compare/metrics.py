@@ -108,13 +108,13 @@ FORGETTING = Metric(
 
 
 def metrics_of(recipe: Recipe) -> list[Metric]:
-    """Every metric that the runs of a recipe can be compared by."""
+    """Every metric that the runs of a recipe can be compared by, but those of lm-evaluation-harness."""
     names = list(recipe.metrics or [])
     if "exact_match" in names:
         names.append("exact_match_strict")
     forgetting = [FORGETTING] if recipe.forgetting_dataset_name else []
     answers = [dataclasses.replace(_mean_of(name), of="questions") for name in names]
-    return [*METRICS[recipe.task], *answers, *forgetting, *_of_harness(recipe)]
+    return [*METRICS[recipe.task], *answers, *forgetting]
 
 
 def _of_harness(recipe: Recipe) -> list[Metric]:
@@ -132,6 +132,8 @@ def metric_named(name: str | None, recipe: Recipe) -> Metric:
     if name is None:
         return METRICS[recipe.task][0]
     known = {metric.name: metric for metric in metrics_of(recipe)}
+    if name not in known:  # looking through the harness's tasks takes seconds
+        known |= {metric.name: metric for metric in _of_harness(recipe)}
     if name not in known:
         raise ValueError(
             f"grid: metric {name!r} is not measured for {recipe.task}; {nearest(name, list(known))} What else there "
