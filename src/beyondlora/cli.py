@@ -298,7 +298,7 @@ def compare(
             _say("The comparison can be continued: the same command again.")
             raise
         Console().print(words.table(outcome))
-        for sentence in [*words.verdicts(outcome), *outcome.notes]:
+        for sentence in [*words.verdicts(outcome), *words.pair_verdicts(outcome), *outcome.notes]:
             typer.echo(f"- {sentence}")
         _say(f"report.html, report.md, results.jsonl and the runs: {loaded.output}")
 

@@ -45,6 +45,8 @@ def test_what_is_left_out_has_its_default():
     assert grid().describe() == "12 runs: 3 arms x 2 settings x 2 seeds"
     assert {run.seed for run in grid(seed=7).runs} == {7}
     assert grid(metric="loss", baseline="LoRA r=8").metric.name == "loss"
+    assert grid().pairs == []
+    assert grid(pairs=[["LoRA r=4", "LoRA r=8"]]).pairs == [("LoRA r=4", "LoRA r=8")]
 
 
 def test_nothing_is_chosen_by_the_rows_that_it_is_reported_on():
@@ -112,6 +114,13 @@ def test_plain_lists_are_grids_and_underscored_ones_are_paired():
         ({"confidence": 95}, "for example 0.95"),
         ({"confidence": 1.0}, "for example 0.95"),
         ({"confidence": 0.4}, "for example 0.95"),
+        ({"pairs": [["DoRA", "LoRA r=2"]]}, "'LoRA r=2' is none of the arms; did you mean 'LoRA r=8'"),
+        ({"pairs": [["DoRA", "LoRA"]]}, "'LoRA' is none of the arms"),
+        ({"pairs": ["DoRA", "LoRA r=4"]}, r"pairs holds 'DoRA'; give lists of two arms, as \[\[DoRA, LoRA r=4\]\]"),
+        ({"pairs": {"DoRA": "LoRA r=4"}}, "give lists of two arms"),
+        ({"pairs": [["DoRA", "LoRA r=4", "LoRA r=8"]]}, "give lists of two arms"),
+        ({"pairs": [["DoRA", "DoRA"]]}, "compared with itself"),
+        ({"pairs": [["DoRA", "LoRA r=4"], ["LoRA r=4", "DoRA"]]}, "'LoRA r=4' and 'DoRA' twice"),
         ({"methods": {"x": {"peft_type": "LORA", "modules_to_save": ["a", "b"]}}}, r"\[\['a', 'b'\]\]"),
         ({"methods": {"x": {"peft_type": "LORA", "layers_to_transform": [0, 1]}}}, r"\[\[0, 1\]\]"),
     ],

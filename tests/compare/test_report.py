@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from beyondlora.compare import pictures
-from beyondlora.compare.arms import outcome_of
+from beyondlora.compare.arms import as_mapping, outcome_of
 from beyondlora.compare.grid import Grid
 from beyondlora.compare.report import page
-from beyondlora.compare.words import caption, cells, markdown, verdicts
+from beyondlora.compare.words import caption, cells, markdown, pair_verdicts, verdicts
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium on the PATH to show the page")
@@ -105,7 +105,7 @@ def test_a_setting_with_a_diverged_run_is_not_chosen(outcome):
 # From lines to a table: what is chosen, and what a row says ----------------------------------------------------------
 
 
-def graded(accuracies, rates=(1e-3, 1e-2, 1e-1), seeds=(0, 1), order=1):
+def graded(accuracies, rates=(1e-3, 1e-2, 1e-1), seeds=(0, 1), order=1, pairs=(), failed=()):
     """A made-up grid: method -> {rate: accuracy on validation}; on test it is (seed + 1) / 10, best's more."""
     mapping = {
         "task": "sequence-classification",
@@ -117,6 +117,7 @@ def graded(accuracies, rates=(1e-3, 1e-2, 1e-1), seeds=(0, 1), order=1):
             "learning_rate": list(rates),
             "seed": list(seeds),
             "test_fraction": 0.5,
+            "pairs": list(pairs),
         },
     }
     grid = Grid.from_mapping(mapping)
@@ -126,7 +127,7 @@ def graded(accuracies, rates=(1e-3, 1e-2, 1e-1), seeds=(0, 1), order=1):
         lines.append(
             identity(run)
             | {
-                "status": "finished",
+                "status": "failed" if run.method in failed else "finished",
                 "error": "",
                 "validation": {"accuracy": {"value": accuracies[run.method][run.recipe.learning_rate]}},
                 "test": {"accuracy": {"value": sum(correct) / 100}},
@@ -180,6 +181,28 @@ def test_a_row_says_what_its_runs_came_to():
         "learning_rate 0.1 (chosen)",
         "learning_rate 0.01 (chosen)",
     ]
+
+
+def test_a_pair_is_answered_apart_from_the_table():
+    asked = [["best", "other"], ["lost", "base"]]
+    found = graded(dict.fromkeys(("base", "other", "best", "lost"), MIDDLE), pairs=asked, failed=["lost"])
+    assert list(found.pairs) == [("best", "other")]
+    assert found.pairs["best", "other"].difference == pytest.approx(0.04)
+    assert len(found.comparisons) == 2  # the table's are the baseline's, as without pairs
+    (sentence,) = pair_verdicts(found)
+    assert sentence.startswith("best is within noise of other: +0.0400 accuracy, 95% interval -")
+    assert "comparisons at once" not in sentence
+    assert "Not compared, for want of a setting that finished with every seed: lost and base." in found.notes
+    written, shown = markdown(found, command="x"), page(found, {}, command="x", machine=[])
+    for text in (written, shown):
+        assert sentence in text
+        assert "for all 1 together, apart from the table" in text
+    assert re.search(r"^\| best \| other \| \+0.0400 \| -.* to \+.* \| within noise \|$", written, re.MULTILINE)
+    (mapping,) = as_mapping(found)["pairs"]
+    assert (mapping["arm"], mapping["against"], mapping["verdict"]) == ("best", "other", "within noise")
+    plain = graded({"base": MIDDLE, "best": EDGE})
+    assert "Arm against arm" not in page(plain, {}, command="x", machine=[])
+    assert "apart from the table" not in markdown(plain, command="x")
 
 
 def test_an_arm_without_a_result_has_a_row_that_says_so():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from beyondlora.compare.statistics import compare_with, holm
+from beyondlora.compare.statistics import compare_pairs, compare_with, holm
 
 ROWS = 60
 
@@ -111,6 +111,25 @@ def test_intervals_of_several_methods_are_as_wide_as_bonferroni_asks():
     width = stats.t.isf(0.05 / 4, 9) * pooled * np.sqrt(2 / 4)
     assert (found.low, found.high) == pytest.approx((found.difference - width, found.difference + width), rel=1e-6)
     assert found.p_corrected == pytest.approx(2 * found.p)
+
+
+def test_pairs_are_compared_first_with_second_and_corrected_together():
+    figures = {"a": [1.0, 1.3, 1.1, 0.8], "b": [1.6, 1.2, 1.9, 1.5], "c": [2.0, 2.1, 2.0, 2.1]}
+    arms = {name: {"x": np.repeat(np.array(values)[:, None], ROWS, axis=1)} for name, values in figures.items()}
+    asked = {(one, two): (arms[one], arms[two]) for one, two in ("ba", "ca")}
+    found = compare_pairs(asked, mean, higher_is_better=True)
+    assert {pair: round(comparison.difference, 6) for pair, comparison in found.items()} == {
+        ("b", "a"): 0.5,
+        ("c", "a"): 1.0,
+    }
+    pooled = np.mean([np.var(values, ddof=1) for values in figures.values()])  # each arm once, though a is in two pairs
+    width = stats.t.isf(0.05 / 4, 9) * np.sqrt(2 * pooled / 4)
+    assert (found["c", "a"].low, found["c", "a"].high) == pytest.approx((1 - width, 1 + width), rel=1e-6)
+    assert [comparison.p_corrected for comparison in found.values()] == holm([found[pair].p for pair in asked])
+    assert found["c", "a"].p_corrected == pytest.approx(2 * found["c", "a"].p)
+    alone = compare_with(arms["a"], {"b": arms["b"]}, mean, higher_is_better=True)["b"]
+    assert compare_pairs({1: asked["b", "a"]}, mean, higher_is_better=True) == {1: alone}
+    assert compare_pairs({}, mean, higher_is_better=True) == {}
 
 
 def test_a_ratio_of_sums_is_compared_as_a_ratio_of_sums():

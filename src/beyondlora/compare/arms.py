@@ -11,7 +11,7 @@ import numpy as np
 from .grid import Grid
 from .metrics import Metric
 from .runs import DIVERGED, FAILED, FINISHED, Line
-from .statistics import Comparison, compare_with
+from .statistics import Comparison, compare_pairs, compare_with
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ class Outcome:
     arms: list[Arm]  # best validation first, those without a result last
     baseline: Arm | None
     comparisons: dict[str, Comparison]  # arm -> against the baseline
+    pairs: dict[tuple[str, str], Comparison]  # the grid's: the first arm against the second
     lines: list[Line]
     notes: list[str]  # what a reader must know before believing the table
 
@@ -85,17 +86,16 @@ def outcome_of(grid: Grid, lines: Sequence[Line], *, title: str, notes: Sequence
     arms.sort(key=lambda arm: sign * arm.chosen.validation if arm.chosen and arm.chosen.validation else math.inf)
     judged = [arm for arm in arms if arm.chosen]
     baseline = next((arm for arm in judged if grid.baseline in (arm.name, arm.method)), None)
+    how: dict[str, Any] = {"higher_is_better": grid.metric.higher_is_better, "confidence": grid.confidence}
+    outcomes = {arm.name: arm.outcomes for arm in judged}
     comparisons = {}
     if baseline is not None:
-        comparisons = compare_with(
-            baseline.outcomes,
-            {arm.name: arm.outcomes for arm in judged if arm is not baseline},
-            grid.metric.value,
-            higher_is_better=grid.metric.higher_is_better,
-            confidence=grid.confidence,
-        )
+        others = {name: rows for name, rows in outcomes.items() if name != baseline.name}
+        comparisons = compare_with(baseline.outcomes, others, grid.metric.value, **how)
+    asked = {(one, two): (outcomes[one], outcomes[two]) for one, two in grid.pairs if {one, two} <= outcomes.keys()}
+    pairs = compare_pairs(asked, grid.metric.value, **how)
     told = [*notes, *_notes(grid, arms, baseline)]
-    return Outcome(title, grid.metric, grid.confidence, arms, baseline, comparisons, list(lines), told)
+    return Outcome(title, grid.metric, grid.confidence, arms, baseline, comparisons, pairs, list(lines), told)
 
 
 def _arm(name: str, lines: Sequence[Line], metric: Metric) -> Arm:
@@ -149,6 +149,10 @@ def _notes(grid: Grid, arms: Sequence[Arm], baseline: Arm | None) -> list[str]:
         notes.append(f"The baseline {grid.baseline} has no setting that finished with every seed: no verdict.")
     elif baseline.name != grid.baseline and sum(arm.method == grid.baseline for arm in arms) > 1:
         notes.append(f"The baseline is {baseline.name}, the best of {grid.baseline} on the validation rows.")
+    judged = {arm.name for arm in arms if arm.chosen}
+    lost = [f"{one} and {two}" for one, two in grid.pairs if not {one, two} <= judged]
+    if lost:
+        notes.append(f"Not compared, for want of a setting that finished with every seed: {', '.join(lost)}.")
     if len({run.seed for run in grid.runs}) < 2:
         notes.append("One seed: how much chance there is in a training is not known, so no verdict is given.")
     return notes
@@ -166,6 +170,7 @@ def as_mapping(outcome: Outcome) -> Mapping[str, Any]:
         "test_rows": outcome.rows,
         "notes": outcome.notes,
         "arms": [_arm_mapping(arm, outcome.comparisons.get(arm.name)) for arm in outcome.arms],
+        "pairs": [{"arm": one, "against": two, **vars(found)} for (one, two), found in outcome.pairs.items()],
     }
 
 

@@ -13,6 +13,7 @@ The file is a recipe (recipe.py; what its `adapter:` says holds for every method
       learning_rate: [1e-3, 3e-3]       searched on the validation rows, for every method alike
       seed: [0, 1, 2]                   repeated
       baseline: LoRA                    default: the first method
+      pairs: [[LoRA r=4, LoRA r=8]]     questions of their own beside the baseline's: the first arm against the second
 
 A list is a grid; lists whose keys begin with `_` are paired, first with first. A value that is itself a list goes into
 `adapter:`, or into a list of its own. What a method is at one choice of its block is an *arm*.
@@ -46,6 +47,7 @@ SETTINGS = (
     "max_test_samples",
     "methods",
     "metric",
+    "pairs",
     "seed",
     "test_dataset_name",
     "test_fraction",
@@ -76,6 +78,7 @@ class Grid:
     output: Path
     runs: list[Run]
     baseline: str  # an arm or a method
+    pairs: list[tuple[str, str]]  # arms: the first is compared with the second
     metric: Metric
     confidence: float
     test_dataset_name: str | None
@@ -105,6 +108,7 @@ class Grid:
             output=Path(first.output_dir).parent.parent,
             runs=runs,
             baseline=block.get("baseline", runs[0].method),
+            pairs=_pairs(block.get("pairs") or [], list(dict.fromkeys(run.arm for run in runs))),
             metric=metric_named(block.get("metric"), first),
             confidence=float(block.get("confidence", 0.95)),
             test_dataset_name=block.get("test_dataset_name"),
@@ -204,6 +208,22 @@ def _seeds(block: Mapping[str, Any]) -> list[int]:
     seeds = seeds if isinstance(seeds, list) else [seeds]
     _check_list("grid: seed", seeds)
     return seeds
+
+
+def _pairs(asked: Any, arms: Sequence[str]) -> list[tuple[str, str]]:
+    pairs = list[tuple[str, str]]()
+    for pair in asked if isinstance(asked, list) else [asked]:
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(name, str) for name in pair):
+            raise ValueError(f"grid: pairs holds {pair!r}; give lists of two arms, as [[{arms[-1]}, {arms[0]}]]")
+        for name in pair:
+            if name not in arms:
+                raise ValueError(f"grid: pairs: {name!r} is none of the arms; {nearest(name, arms)}")
+        if pair[0] == pair[1]:
+            raise ValueError(f"grid: pairs: {pair[0]!r} is compared with itself")
+        if tuple(pair) in pairs or tuple(pair[::-1]) in pairs:
+            raise ValueError(f"grid: pairs lists {pair[0]!r} and {pair[1]!r} twice; each question counts once")
+        pairs.append((pair[0], pair[1]))
+    return pairs
 
 
 def _runs(

@@ -5,10 +5,11 @@ follows light and dark, and turns the table's rows into cards on a phone.
 """
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from .arms import Outcome
-from .words import caption, cells, headings, verdicts
+from .statistics import Comparison
+from .words import caption, cells, headings, pair_caption, pair_verdicts, verdicts
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2128; --soft: #5b6570; --page: #fbfbfa; --card: #fff; --line: #e3e5e8;
@@ -73,8 +74,9 @@ def page(
     body = [
         f"<h1>{_text(outcome.title)}</h1>",
         f'<p class="soft">{_text(caption(outcome))}</p>',
-        f'<ul class="verdicts">{"".join(_verdicts(outcome))}</ul>',
+        _verdicts(outcome.comparisons.values(), verdicts(outcome)),
         _list(outcome.notes),
+        _pairs(outcome),
         "<h2>Every arm at its own best learning rate</h2>",
         _table(outcome),
         f'<h2>Pictures</h2><div class="pictures">{drawn}</div>' if drawn else f"<p>{_text(missing)}</p>",
@@ -102,12 +104,19 @@ def _badge(verdict: str) -> str:
     return f'<span class="badge {tone}">{_text(verdict)}</span>'
 
 
-def _verdicts(outcome: Outcome) -> list[str]:
-    found = outcome.comparisons.values()
-    return [
+def _verdicts(found: Iterable[Comparison], sentences: Sequence[str]) -> str:
+    cards = [
         f"<li>{_badge(comparison.verdict)}<br>{_text(sentence)}</li>"
-        for comparison, sentence in zip(found, verdicts(outcome), strict=True)
+        for comparison, sentence in zip(found, sentences, strict=True)
     ]
+    return f'<ul class="verdicts">{"".join(cards)}</ul>'
+
+
+def _pairs(outcome: Outcome) -> str:
+    if not outcome.pairs:
+        return ""
+    cards = _verdicts(outcome.pairs.values(), pair_verdicts(outcome))
+    return f'<h2>Arm against arm</h2><p class="soft">{_text(pair_caption(outcome))}</p>{cards}'
 
 
 def _list(lines: Sequence[str]) -> str:

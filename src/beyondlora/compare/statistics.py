@@ -18,14 +18,16 @@ do together twice; that makes a verdict rarer, never easier.
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from scipy.optimize import brentq
 from scipy.stats import bootstrap, t
 
 Outcomes = Mapping[str, np.ndarray]  # name -> (seeds, rows)
+Name = TypeVar("Name", bound=Hashable)
 POWER = 0.8
 SMALLEST_P = 1e-15
 
@@ -40,7 +42,7 @@ class Comparison:
     rows_low: float  # of the paired BCa bootstrap over rows: these trained models, other rows
     rows_high: float
     p: float | None
-    p_corrected: float | None  # Holm's, over all methods of the grid
+    p_corrected: float | None  # Holm's, over everything that was compared in the same call
     detectable: float | None  # the smallest true difference that so many seeds and rows find in 80 of 100 grids
     seeds: int
     rows: int
@@ -66,11 +68,35 @@ def compare_with(
     Raises: ValueError, for too few rows.
     """
     check_rows(_rows(baseline), confidence)
-    figures = {name: value(outcomes) for name, outcomes in {"": baseline, **others}.items()}
+    return compare_pairs(
+        {name: (outcomes, baseline) for name, outcomes in others.items()},
+        value,
+        higher_is_better=higher_is_better,
+        confidence=confidence,
+        resamples=resamples,
+    )
+
+
+def compare_pairs(
+    pairs: Mapping[Name, tuple[Outcomes, Outcomes]],
+    value: Callable[[Outcomes], np.ndarray],
+    *,
+    higher_is_better: bool,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+) -> dict[Name, Comparison]:
+    """Compare the first of every pair with its second; intervals hold for all pairs together.
+
+    The other arguments, and errors, are `compare_with`'s; "all methods of the grid" are those of the pairs.
+    """
+    compared = {id(outcomes): outcomes for pair in pairs.values() for outcomes in pair}
+    for outcomes in compared.values():
+        check_rows(_rows(outcomes), confidence)
+    figures = {key: value(outcomes) for key, outcomes in compared.items()}
     pooled = _pooled_variance(list(figures.values()))
     found = {
-        name: _Difference(baseline, outcomes, figures[""], figures[name], value, pooled, confidence, resamples)
-        for name, outcomes in others.items()
+        name: _Difference(second, first, figures[id(second)], figures[id(first)], value, pooled, confidence, resamples)
+        for name, (first, second) in pairs.items()
     }
     tested = {name: difference.p for name, difference in found.items() if difference.p is not None}
     corrected = dict(zip(tested, holm(list(tested.values())), strict=True))

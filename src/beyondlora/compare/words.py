@@ -27,33 +27,39 @@ def verdicts(outcome: Outcome) -> list[str]:
     """One sentence an arm: what can be said of it beside the baseline, and how much this grid could have seen."""
     if outcome.baseline is None:
         return []
-    return [_sentence(outcome, name, comparison) for name, comparison in outcome.comparisons.items()]
+    name, found = outcome.baseline.name, outcome.comparisons
+    return [_sentence(outcome, arm, name, comparison, len(found)) for arm, comparison in found.items()]
 
 
-def _sentence(outcome: Outcome, name: str, found: Comparison) -> str:
+def pair_verdicts(outcome: Outcome) -> list[str]:
+    """The same, one sentence a pair that the grid asks about."""
+    found = outcome.pairs
+    return [_sentence(outcome, one, two, comparison, len(found)) for (one, two), comparison in found.items()]
+
+
+def _sentence(outcome: Outcome, name: str, beside: str, found: Comparison, tests: int) -> str:
     said = {
-        "better": f"is better than {_baseline(outcome)}",
-        "worse": f"is worse than {_baseline(outcome)}",
-        "within noise": f"is within noise of {_baseline(outcome)}",
-        "one seed": f"cannot be told from {_baseline(outcome)} with one seed",
+        "better": f"is better than {beside}",
+        "worse": f"is worse than {beside}",
+        "within noise": f"is within noise of {beside}",
+        "one seed": f"cannot be told from {beside} with one seed",
     }
     decimals, metric = outcome.metric.decimals, outcome.metric.name
     evidence = f"{found.difference:+.{decimals}f} {metric}"
     if found.low is None or found.high is None or found.p_corrected is None or found.detectable is None:
         return f"{name} {said[found.verdict]}: {evidence} on {found.rows} rows."
     interval = f"{outcome.confidence:.0%} interval {found.low:+.{decimals}f} to {found.high:+.{decimals}f}"
-    tests = len(outcome.comparisons)
     corrected = f", for {tests} comparisons at once" if tests > 1 else ""
     return (
         f"{name} {said[found.verdict]}: {evidence}, {interval}, p = {_p(found.p_corrected)}{corrected} "
         f"({found.seeds} seeds, {found.rows} rows). A true difference of {found.detectable:.{decimals}f} would have "
-        f"been found in {POWER:.0%} of such grids.{_reservation(outcome, name)}"
+        f"been found in {POWER:.0%} of such grids.{_reservation(outcome, name, beside)}"
     )
 
 
-def _reservation(outcome: Outcome, name: str) -> str:
+def _reservation(outcome: Outcome, *names: str) -> str:
     """A method that was stopped at the edge of the search has not been seen at its best."""
-    edges = [arm.name for arm in outcome.arms if arm.at_edge and (arm.name == name or arm is outcome.baseline)]
+    edges = [arm.name for arm in outcome.arms if arm.at_edge and arm.name in names]
     return f" Not the last word: the search ended at its edge for {' and '.join(edges)}." if edges else ""
 
 
@@ -79,9 +85,8 @@ def cells(outcome: Outcome, arm: Arm) -> list[str]:
     difference = interval = ""
     verdict = "baseline" if arm is outcome.baseline else NO_NUMBER
     if found is not None:
-        difference, verdict = f"{found.difference:+.{decimals}f}", found.verdict
-        if found.low is not None:
-            interval = f"{found.low:+.{decimals}f} to {found.high:+.{decimals}f}"
+        verdict = found.verdict
+        difference, interval = _interval(found, decimals)
     return [
         arm.name,
         f"{arm.lines[0]['trainable_parameters']:,}",
@@ -121,6 +126,31 @@ def caption(outcome: Outcome) -> str:
     )
 
 
+def pair_caption(outcome: Outcome) -> str:
+    """What the pairs' figures are of."""
+    return (
+        "Pairs of arms that the grid asks about, whatever stands first in the table; intervals and p hold for all "
+        f"{len(outcome.pairs)} together, apart from the table's."
+    )
+
+
+def _pair_rows(outcome: Outcome) -> list[str]:
+    decimals = outcome.metric.decimals
+    rows = ["| arm | against | difference | interval | verdict |", "| --- | --- | ---: | ---: | --- |"]
+    for (one, two), found in outcome.pairs.items():
+        difference, interval = _interval(found, decimals)
+        rows.append(f"| {one} | {two} | {difference} | {interval} | {found.verdict} |")
+    return rows
+
+
+def _interval(found: Comparison, decimals: int) -> tuple[str, str]:
+    """A difference and its interval, the latter empty where there is none."""
+    interval = ""
+    if found.low is not None:
+        interval = f"{found.low:+.{decimals}f} to {found.high:+.{decimals}f}"
+    return f"{found.difference:+.{decimals}f}", interval
+
+
 def markdown(outcome: Outcome, *, command: str, machine: Sequence[str] = ()) -> str:
     """The whole comparison as a Markdown page."""
     rows = [
@@ -131,6 +161,9 @@ def markdown(outcome: Outcome, *, command: str, machine: Sequence[str] = ()) -> 
     parts = [f"# {outcome.title}", f"    {command}", "\n".join(machine), caption(outcome)]
     parts.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
     parts.append("\n".join(f"- {sentence}" for sentence in [*verdicts(outcome), *outcome.notes]))
+    if outcome.pairs:
+        parts += [pair_caption(outcome), "\n".join(_pair_rows(outcome))]
+        parts.append("\n".join(f"- {sentence}" for sentence in pair_verdicts(outcome)))
     parts.append("\n".join(_search(outcome)))
     return "\n\n".join(part for part in parts if part) + "\n"
 
