@@ -354,6 +354,8 @@ def test_an_output_dir_that_is_a_file_is_refused(recipe, tmp_path):
 
 
 BAD = [
+    ({"adapter": {"peft_type": "POLY"}}, "POLY wants a task id with every row, which a recipe does not have"),
+    ({"adapter": {"peft_type": "XLORA"}}, "XLORA wants trained LoRA adapters to mix"),
     ({"adapter": {"peft_type": "LORRA"}}, r"'LORRA' is unknown, did you mean 'LORA'\?.*CERA"),
     ({"adapter": {"peft_type": "cera"}}, r"did you mean 'CERA'"),
     ({"adapter": {"peft_type": "LORA", "rank": 4}}, r"LORA has no key 'rank'.*rank_pattern"),

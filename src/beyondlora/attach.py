@@ -30,6 +30,11 @@ from .run_folder import replacing
 
 Trained = PeftModel | transformers.PreTrainedModel
 FULL = "FULL"
+WANTS = {  # methods that no recipe can train, and what for
+    "MULTITASK_PROMPT_TUNING": "a task id with every row",
+    "POLY": "a task id with every row",
+    "XLORA": "trained LoRA adapters to mix",
+}
 
 PEFT_TASKS = {
     "causal-lm": "CAUSAL_LM",
@@ -54,6 +59,8 @@ def config_from(recipe: Recipe) -> PeftConfig | FullFineTuning:
     """Turn a recipe's adapter block into a PEFT config. Raises: ValueError."""
     settings = dict(recipe.adapter)
     name = settings.pop("peft_type")
+    if name in WANTS:
+        raise ValueError(f"adapter: {name} wants {WANTS[name]}, which a recipe does not have; choose another method.")
     task_type = PEFT_TASKS[recipe.task]
     if settings.get("task_type") not in (None, task_type):
         raise ValueError(
