@@ -77,6 +77,27 @@ def test_a_run_is_named_after_what_sets_it_apart():
     assert {(run.recipe.learning_rate, run.recipe.weight_decay) for run in paired} == {(1e-3, 0), (1e-2, 0.1)}
 
 
+def test_of_paired_lists_only_those_that_tell_the_pairs_apart_are_in_an_arm_s_name():
+    def arms(**block):
+        return list(grid(methods={"x": {"peft_type": "LORA", **block}}).arms)
+
+    assert arms(_r=[4, 8], _lora_alpha=[8, 16]) == ["x r=4", "x r=8"]
+    assert arms(_r=[4, 4, 8], _lora_alpha=[8, 16, 8]) == [
+        "x r=4 lora_alpha=8",
+        "x r=4 lora_alpha=16",
+        "x r=8 lora_alpha=8",
+    ]
+    assert arms(_r=[4, 8], lora_dropout=[0, 0.1], _lora_alpha=[8, 8]) == [
+        "x r=4 lora_dropout=0",
+        "x r=8 lora_dropout=0",
+        "x r=4 lora_dropout=0.1",
+        "x r=8 lora_dropout=0.1",
+    ]
+    assert arms(_r=[4, 8, 4], _lora_alpha=[1, 1, 2], _lora_dropout=[0, 0.1, 0.2])[2] == "x r=4 lora_alpha=2"
+    with pytest.raises(ValueError, match="_r: 2, _lora_alpha: 3"):
+        arms(_r=[4, 8], _lora_alpha=[8, 16, 32])
+
+
 def test_plain_lists_are_grids_and_underscored_ones_are_paired():
     assert choices({"a": [1, 2], "b": [3, 4], "c": 5}, "") == [{"a": a, "b": b, "c": 5} for a in (1, 2) for b in (3, 4)]
     assert choices({"_a": [1, 2], "_b": [3, 4], "c": [5, 6]}, "") == [
@@ -97,6 +118,11 @@ def test_plain_lists_are_grids_and_underscored_ones_are_paired():
         ({"methods": {"LoRA": "LORA"}}, "give an adapter block"),
         ({"methods": {"a b": {"peft_type": "LORA"}, "a-b": {"peft_type": "LORA"}}}, "share the folder a-b-lr0.001"),
         ({"methods": {"x": {"peft_type": "LORA", "_r": [1, 2], "_lora_alpha": [1]}}}, "_r: 2, _lora_alpha: 1"),
+        (
+            {"methods": {"x": {"peft_type": "LORA", "_r": [4, 4], "_lora_alpha": [1, 1]}}},
+            "x: _r, _lora_alpha lists {'r': 4, 'lora_alpha': 1} twice",
+        ),
+        ({"methods": {"x": {"peft_type": "LORA", "_r": [], "_lora_alpha": []}}}, "_r is an empty list"),
         ({"methods": {"x": {"peft_type": "LORA", "_r": 4}}}, "pairs lists, but holds 4"),
         ({"methods": {"x": {"peft_type": "LORA", "_r": [4], "r": 4}}}, "say the same thing"),
         (

@@ -1,6 +1,7 @@
 """The page and the pictures: whole, self-contained, and as a browser shows them."""
 
 import dataclasses
+import json
 import re
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from beyondlora.compare.arms import as_mapping, outcome_of
 from beyondlora.compare.grid import Grid
 from beyondlora.compare.report import page
 from beyondlora.compare.words import caption, cells, markdown, pair_verdicts, verdicts
+from beyondlora.run_folder import RunFolder
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium on the PATH to show the page")
@@ -300,9 +302,43 @@ def test_points_stand_at_the_mean_over_seeds(outcome):
 
 def test_a_setting_that_was_lost_is_crossed_out(outcome):
     _, figure = pictures._learning_rates(outcome, pictures._colors(outcome))
-    crosses = [list(line.get_xdata()) for line in figure.axes[0].lines if line.get_marker() == "x"]
+    lines = [line for axes in figure.axes for line in axes.lines]
+    crosses = [list(line.get_xdata()) for line in lines if line.get_marker() == "x"]
     assert sorted(crosses) == [[], [], [1e-3]]  # of "bold" one seed diverged there
     assert pictures._learning_rates(graded({"base": {1e-2: 0.5}}, rates=[1e-2]), {}) is None
+
+
+def test_every_method_with_several_arms_has_a_panel_of_its_own(outcome):
+    _, figure = pictures._learning_rates(outcome, pictures._colors(outcome))
+    assert [axes.get_title() for axes in figure.axes] == ["LoRA", ""]
+    ranked, single = ([text.get_text() for text in axes.get_legend().get_texts()] for axes in figure.axes)
+    assert (ranked, single) == (["r=2", "r=8"], ["<b>bold</b> & Co"])
+    curves = [line for line in figure.axes[0].lines if line.get_marker() == "o"]
+    assert [line.get_alpha() for line in curves] == pytest.approx([0.65, 1.0])  # the smaller one is paler
+    for line, rank in zip(curves, ("r=2", "r=8"), strict=True):
+        arm = next(arm for arm in outcome.arms if arm.name == f"LoRA {rank}")
+        assert list(line.get_ydata()) == [setting.validation for setting in arm.settings]
+    _, alone = pictures._learning_rates(graded({"base": MIDDLE, "best": EDGE}), {"base": "b", "best": "r"})
+    assert len(alone.axes) == 1
+    assert len(alone.axes[0].get_legend().get_texts()) == 2
+
+
+@pytest.mark.parametrize(("key", "what"), [("eval_loss", "validation loss"), ("loss", "training loss")])
+def test_curves_are_of_validation_rows_where_they_were_measured_more_than_once(key, what, tmp_path):
+    found = graded({"base": MIDDLE})
+    (arm,) = found.arms
+    for line in arm.lines:
+        folder = tmp_path / str(line["seed"])
+        folder.mkdir()
+        line["recipe"] = line["recipe"] | {"output_dir": str(folder)}
+        rows = [{"step": step, "loss": 8.0 / step + line["seed"]} for step in (1, 2, 4)]
+        rows += [{"step": step, "eval_loss": 1.0 / step + line["seed"]} for step in ((2, 4) if key != "loss" else (4,))]
+        RunFolder(folder).metrics_log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told, figure = pictures._curves(found, {"base": "b"})
+    assert told.startswith(f"The {what} at")
+    (curve,) = figure.axes[0].lines
+    expected = {2: 1.0, 4: 0.75} if key == "eval_loss" else {1: 8.5, 2: 4.5, 4: 2.5}  # means over seeds 0 and 1
+    assert dict(zip(curve.get_xdata(), curve.get_ydata(), strict=True)) == pytest.approx(expected)
 
 
 def browse(page_path: Path, *arguments: str) -> str:

@@ -16,7 +16,8 @@ The file is a recipe (recipe.py; what its `adapter:` says holds for every method
       pairs: [[LoRA r=4, LoRA r=8]]     questions of their own beside the baseline's: the first arm against the second
 
 A list is a grid; lists whose keys begin with `_` are paired, first with first. A value that is itself a list goes into
-`adapter:`, or into a list of its own. What a method is at one choice of its block is an *arm*.
+`adapter:`, or into a list of its own. What a method is at one choice of its block is an *arm*, named after what sets
+it apart: LoRA r=8, DoRA r=4 (of paired lists only the first ones that tell the pairs apart).
 """
 
 from __future__ import annotations
@@ -169,7 +170,7 @@ def choices(block: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
     """Every choice of a block: lists are grids, lists of `_` keys are paired. Raises: ValueError."""
     for name, values in block.items():
         if isinstance(values, list):
-            _check_list(f"{where}: {name}", values)
+            _check_list(f"{where}: {name}", values[:1] if name.startswith("_") else values)
         elif name.startswith("_"):
             raise ValueError(f"{where}: {name} begins with _, which pairs lists, but holds {values!r}; give a list")
     paired = {name[1:]: values for name, values in block.items() if name.startswith("_")}
@@ -181,6 +182,7 @@ def choices(block: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
     if both:
         raise ValueError(f"{where}: {both[0]} and _{both[0]} say the same thing; give one of them")
     pairs = [dict(zip(paired, values, strict=True)) for values in zip(*paired.values(), strict=True)] or [{}]
+    _check_list(f"{where}: {', '.join(f'_{name}' for name in paired)}", pairs)
     free = {name: values for name, values in block.items() if not name.startswith("_")}
     axes = [values if isinstance(values, list) else [values] for values in free.values()]
     return [dict(zip(free, point, strict=True)) | pair for point in itertools.product(*axes) for pair in pairs]
@@ -277,11 +279,23 @@ def _arms(methods: Mapping[str, Any]) -> Iterable[tuple[str, dict[str, Any], str
                 f"grid: methods: {method} holds {block!r}; give an adapter block, as {{peft_type: LORA, r: 8}}"
             )
         _check_literal_lists(method, block)
-        varied = [
-            name.removeprefix("_") for name, values in block.items() if isinstance(values, list) and len(values) > 1
-        ]
+        varied = _telling(block)
         for adapter in choices(block, f"grid: methods: {method}"):
             yield method, adapter, " ".join([method, *(f"{name}={adapter[name]}" for name in varied)])
+
+
+def _telling(block: Mapping[str, Any]) -> list[str]:
+    """The keys that set the choices of a block apart; of paired ones the shortest beginning that does."""
+    varied = [name for name, values in block.items() if isinstance(values, list) and len(values) > 1]
+    paired = [name for name in varied if name.startswith("_")]
+    while len(paired) > 1 and _distinct([block[name] for name in paired[:-1]]):
+        varied.remove(paired.pop())
+    return [name.removeprefix("_") for name in varied]
+
+
+def _distinct(lists: Sequence[list[Any]]) -> bool:
+    rows = list(zip(*lists, strict=False))  # lengths are checked where they are paired
+    return not any(row in rows[:number] for number, row in enumerate(rows))
 
 
 def _check_literal_lists(method: str, block: Mapping[str, Any]) -> None:

@@ -124,26 +124,23 @@ def _learning_rates(outcome: Outcome, colors: Mapping[str, str]) -> Drawn:
     rates = sorted({setting.learning_rate for arm in outcome.arms for setting in arm.settings})
     if len(rates) < 2:
         return None
-    figure, axes = _figure()
+    figure, lines = _panels(outcome, colors, judged=False)
     heights = []
-    for method, arms in _by_method(outcome, judged=False):
-        for number, arm in enumerate(arms):
-            settings = sorted(arm.settings, key=lambda setting: setting.learning_rate)
-            good = [setting for setting in settings if setting.validation is not None]
-            y = [float(setting.validation or 0) for setting in good]
-            style = ("-", "--", ":", "-.")[number % 4]
-            x = [setting.learning_rate for setting in good]
-            axes.plot(x, y, style, color=colors[method], marker="o", markersize=4, label=arm.name)
-            lost = [setting.learning_rate for setting in settings if setting.validation is None]
-            axes.plot(lost, [0.98] * len(lost), "x", color=colors[method], transform=axes.get_xaxis_transform())
-            heights += y
-    axes.set_xscale("log")
-    axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
-    axes.minorticks_off()
+    for axes, arm, style in lines:
+        settings = sorted(arm.settings, key=lambda setting: setting.learning_rate)
+        good = [setting for setting in settings if setting.validation is not None]
+        y = [float(setting.validation or 0) for setting in good]
+        axes.plot([setting.learning_rate for setting in good], y, marker="o", markersize=4, **style)
+        lost = [setting.learning_rate for setting in settings if setting.validation is None]
+        axes.plot(lost, [0.98] * len(lost), "x", color=style["color"], transform=axes.get_xaxis_transform())
+        heights += y
+    for axes in figure.axes:
+        axes.set_xscale("log")
+        axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
+        axes.minorticks_off()
     if heights and min(heights) > 0 and max(heights) > 3 * min(heights):
-        axes.set_yscale("log")
-    axes.set(xlabel="learning rate", ylabel=f"validation {outcome.metric.name}")
-    _legend(axes)
+        _label_logarithmic(figure.axes[0], "y", heights)
+    _finish_panels(figure, "learning rate", f"validation {outcome.metric.name}")
     return (
         "Who is sensitive to the learning rate, on validation rows; × marks a setting with a diverged or failed run",
         figure,
@@ -151,40 +148,86 @@ def _learning_rates(outcome: Outcome, colors: Mapping[str, str]) -> Drawn:
 
 
 def _curves(outcome: Outcome, colors: Mapping[str, str]) -> Drawn:
-    figure, axes = _figure()
-    drawn = False
-    for method, arms in _by_method(outcome):
-        for number, arm in enumerate(arms):
-            style = ("-", "--", ":", "-.")[number % 4]
-            curves = [_evaluations(line["recipe"]["output_dir"]) for line in arm.lines]
-            curves = [curve for curve in curves if curve and curve.keys() == curves[0].keys()]
+    """The validation loss, or the training loss where validation rows were measured once."""
+    for key, what in (("eval_loss", "validation loss"), ("loss", "training loss")):
+        figure, lines = _panels(outcome, colors)
+        drawn = False
+        for axes, arm, style in lines:
+            curves = [_logged(line["recipe"]["output_dir"], key) for line in arm.lines]
+            curves = [curve for curve in curves if len(curve) > 1 and curve.keys() == curves[0].keys()]
             if curves:
                 mean = np.mean([list(curve.values()) for curve in curves], axis=0)
-                axes.plot(list(curves[0]), mean, style, color=colors[method], marker="o", markersize=3, label=arm.name)
+                axes.plot(list(curves[0]), mean, **style)
                 drawn = True
-    axes.set(xlabel="optimizer step", ylabel="validation loss")
-    _legend(axes)
-    return ("Training curves at each arm's chosen setting, the mean over seeds", figure) if drawn else None
+        if drawn:
+            _finish_panels(figure, "optimizer step", what)
+            return f"The {what} at each arm's chosen setting, the mean over seeds", figure
+    return None
 
 
-def _evaluations(folder: str) -> dict[int, float]:
-    rows = RunFolder(folder).rows()
-    return {row["step"]: row["eval_loss"] for row in rows if row.get("eval_loss") is not None}
+def _logged(folder: str, key: str) -> dict[int, float]:
+    return {row["step"]: row[key] for row in RunFolder(folder).rows() if row.get(key) is not None}
 
 
 # --- how they look ---------------------------------------------------------------------------------------------------
 
 
 def _figure(height: float = 3.1) -> tuple[Any, Any]:
+    figure, grid = _axes(height, 1, 1)
+    return figure, grid[0][0]
+
+
+def _axes(height: float, rows: int, columns: int) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.6, height), layout="constrained")
     figure.patch.set_alpha(0)
-    axes = figure.subplots()
-    axes.patch.set_alpha(0)
-    axes.grid(True)
-    axes.set_axisbelow(True)
-    return figure, axes
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for axes in grid.flat:
+        axes.patch.set_alpha(0)
+        axes.grid(True)
+        axes.set_axisbelow(True)
+    return figure, grid
+
+
+def _panels(
+    outcome: Outcome, colors: Mapping[str, str], *, judged: bool = True
+) -> tuple[Any, list[tuple[Any, Arm, dict[str, Any]]]]:
+    """A figure, and for every arm where and how its line is drawn.
+
+    A method with several arms has a panel of its own, its smallest arm pale and its largest full; the others share one.
+    """
+    methods = [(method, arms) for method, arms in _by_method(outcome, judged=judged) if arms]
+    single = [pair for pair in methods if len(pair[1]) == 1]
+    panels = [[pair] for pair in methods if len(pair[1]) > 1] + ([single] if single else [])
+    columns = min(2, len(panels))
+    rows = math.ceil(len(panels) / columns) if panels else 1
+    figure, grid = _axes(3.1 if rows == 1 else 2.3 * rows, rows, max(columns, 1))
+    lines = []
+    for axes, panel in zip(grid.flat, panels, strict=False):
+        for method, arms in panel:
+            for number, arm in enumerate(arms):
+                label = arm.name.removeprefix(method).strip() if len(arms) > 1 else arm.name
+                style = {"color": colors[method], "alpha": 0.3 + 0.7 * (number + 1) / len(arms), "label": label}
+                lines.append((axes, arm, style))
+        if len(panels) > 1:
+            axes.set_title(panel[0][0] if panel is not single else "", color=colors[panel[0][0]], fontsize=9)
+    for axes in list(grid.flat)[len(panels) :]:
+        axes.remove()
+    return figure, lines
+
+
+def _finish_panels(figure: Any, xlabel: str, ylabel: str) -> None:
+    if len(figure.axes) == 1:
+        figure.axes[0].set(xlabel=xlabel, ylabel=ylabel)
+        _legend(figure.axes[0])
+        return
+    figure.supxlabel(xlabel, fontsize=9)
+    figure.supylabel(ylabel, fontsize=9)
+    for axes in figure.axes:
+        axes.tick_params(labelsize=8)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=7, handlelength=1.2, labelspacing=0.2, loc="best")
 
 
 def _legend(axes: Any) -> None:

@@ -74,9 +74,9 @@ def page(
     body = [
         f"<h1>{_text(outcome.title)}</h1>",
         f'<p class="soft">{_text(caption(outcome))}</p>',
+        _pairs(outcome),
         _verdicts(outcome.comparisons.values(), verdicts(outcome)),
         _list(outcome.notes),
-        _pairs(outcome),
         "<h2>Every arm at its own best learning rate</h2>",
         _table(outcome),
         f'<h2>Pictures</h2><div class="pictures">{drawn}</div>' if drawn else f"<p>{_text(missing)}</p>",
@@ -116,7 +116,8 @@ def _pairs(outcome: Outcome) -> str:
     if not outcome.pairs:
         return ""
     cards = _verdicts(outcome.pairs.values(), pair_verdicts(outcome))
-    return f'<h2>Arm against arm</h2><p class="soft">{_text(pair_caption(outcome))}</p>{cards}'
+    beside = f"<h2>Beside {_text(outcome.baseline.name)}</h2>" if outcome.baseline else ""
+    return f'<h2>Arm against arm</h2><p class="soft">{_text(pair_caption(outcome))}</p>{cards}{beside}'
 
 
 def _list(lines: Sequence[str]) -> str:
