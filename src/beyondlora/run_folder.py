@@ -6,7 +6,7 @@
     metrics.json       the final figures; its presence makes the run finished
     adapter/           the best adapter by evaluation loss, PEFT's format; of full fine-tuning, the whole model
     last/              the adapter (the model) after the last step
-    generations.jsonl  what the best one answered to the evaluation rows, where the recipe's metrics ask
+    generations.jsonl  what the best one answered to the evaluation rows, where metrics or lm_eval_tasks ask
     curves.png         loss curves
     checkpoints/       what --resume starts from; gone once the run is finished
 

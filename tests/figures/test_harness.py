@@ -3,11 +3,14 @@
 The harness is not part of the development environment: `pip install lm_eval` to run what is not a refusal.
 """
 
+import importlib.metadata
 import importlib.util
 import json
 import logging
 import math
+import os
 import random
+import re
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +26,7 @@ from beyondlora import processes
 from beyondlora.attach import load_trained
 from beyondlora.compare import compare
 from beyondlora.compare.grid import Grid
+from beyondlora.compare.runs import check_same
 from beyondlora.evaluate import evaluate, load_base
 from beyondlora.figures import Harness
 from beyondlora.recipe import Recipe
@@ -156,6 +160,47 @@ def test_train_and_evaluate_agree_and_the_figures_are_the_models(house, tasks, o
     assert "follow_perplexity" not in kept[0]  # a mean of no numbers
     printed = "".join(capfd.readouterr())
     assert not [word for word in ("bootstrapping", "Running", "it/s", "fatal") if word in printed]
+
+
+@needs_harness
+def test_what_was_asked_and_answered_is_kept(house, tasks, own_alone, tmp_path, monkeypatch):
+    monkeypatch.delenv("DISABLE_MULTIPROC", raising=False)
+    made = recipe(house, tmp_path / "run", tasks)
+    measured = train(made)["metrics"]
+    assert "DISABLE_MULTIPROC" not in os.environ
+    (path,) = (tmp_path / "run").glob("generations*.jsonl")
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(records) == 4 * len(ROWS)  # write has two filters
+    tokenizer = tokenizer_of(house)
+    model = load_trained(tmp_path / "run" / "adapter", load_base(made, tokenizer, None))
+    for number, row in enumerate(ROWS):
+        chosen, followed, *written = (record for record in records if record["row"] == number)
+        assert chosen["prompt"] == followed["prompt"] == row["question"]
+        assert (chosen["task"], chosen["options"], chosen["answer"]) == ("choose", CHOICES, row["right"])
+        for option, ((likelihood, _),) in zip(CHOICES, chosen["responses"], strict=True):
+            expected = log_likelihood(model, tokenizer, row["question"], option)
+            assert float(likelihood) == pytest.approx(expected, abs=1e-3)
+        assert [record["filter"] for record in written] == ["whole", "letter"]
+        ((text,),) = written[0]["responses"]
+        assert written[0]["exact_match"] == float(text == row["answer"])
+        assert written[0]["options"] == []
+    right = [record["acc"] for record in records if record["task"] == "choose"]
+    assert np.mean(right) == measured["choose_acc"]["value"]
+
+
+@needs_harness
+def test_figures_of_another_version_of_a_task_do_not_stand_in_one_table(house, tasks, own_alone, tmp_path):
+    made = recipe(house, "unused", tasks, lm_eval_tasks=["choose", "follow"])
+    version = Harness.of(made).version
+    assert version == f"lm_eval {importlib.metadata.version('lm_eval')}: choose, follow"
+    (tmp_path / "newer").mkdir()
+    text = (tasks / "choose.yaml").read_text() + "metadata: {version: 2}\n"
+    (tmp_path / "newer" / "choose.yaml").write_text(text)
+    newer = Harness.of(recipe(house, "unused", tmp_path / "newer", lm_eval_tasks=["choose"])).version
+    assert newer.endswith(": choose 2")
+    common = dict.fromkeys(("task", "base_sha256", "data_sha256", "test_sha256", "metric_version"), "same")
+    with pytest.raises(ValueError, match=f"harness_version: {re.escape(newer)}, here {re.escape(version)}"):
+        check_same({"a": common | {"harness_version": newer}}, common | {"harness_version": version}, tmp_path)
 
 
 @needs_harness

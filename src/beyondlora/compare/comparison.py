@@ -117,11 +117,13 @@ def _settled(grid: Grid, progress: Progress) -> tuple[Grid, HeldOut, dict[str, A
     splits = data.prepare(data.read_splits(recipe), processor, recipe)
     tested = recipe.replace(max_eval_samples=grid.max_test_samples)
     evaluation = data.prepare_evaluation(tested, processor, path, label_names=splits.label_names)
-    rows = Examination.of(tested, processor, evaluation).counts[grid.metric.of]
+    examination = Examination.of(tested, processor, evaluation)
+    rows = examination.counts[grid.metric.of]
     check_rows(rows, grid.confidence)
     progress.say(f"{splits.description}; test: {evaluation.description}")
     test = HeldOut(path, evaluation.fingerprint, rows, grid.max_test_samples)
-    shared = expected(recipe, test, splits.fingerprint) | {"tokens_per_row": _tokens_per_row(recipe, splits)}
+    harness = None if examination.harness is None else examination.harness.version
+    shared = expected(recipe, test, splits.fingerprint, harness) | {"tokens_per_row": _tokens_per_row(recipe, splits)}
     return grid, test, shared
 
 

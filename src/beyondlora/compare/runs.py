@@ -33,7 +33,7 @@ from ..workers import WorkerDiedError, side_by_side
 from .grid import Run
 
 RESULTS = "results.jsonl"
-COMPARABLE = ("task", "base_sha256", "data_sha256", "test_sha256", "metric_version")
+COMPARABLE = ("task", "base_sha256", "data_sha256", "test_sha256", "metric_version", "harness_version")
 FINISHED, DIVERGED, FAILED = "finished", "diverged", "failed"
 PROBE_STEPS = 4
 
@@ -87,7 +87,7 @@ def check_same(lines: Mapping[str, Line], expected: Mapping[str, Any], where: Pa
     for name, line in lines.items():
         different = [key for key in COMPARABLE if key in line and line[key] != expected[key]]
         if different:
-            told = "; ".join(f"{key}: {_short(line[key])}, here {_short(expected[key])}" for key in different)
+            told = "; ".join(f"{key}: {_short(key, line[key])}, here {_short(key, expected[key])}" for key in different)
             raise ValueError(
                 f"{where / RESULTS}: the run {name} cannot stand beside the runs of this grid ({told}). Figures of "
                 "different models, rows or definitions are no comparison; choose another output_dir, or leave it out."
@@ -108,8 +108,8 @@ def check_planned(lines: Mapping[str, Line], runs: Sequence[Run], where: Path) -
                 )
 
 
-def _short(value: Any) -> str:
-    return str(value)[:12]
+def _short(key: str, value: Any) -> str:
+    return str(value)[:12] if key.endswith("sha256") else str(value)
 
 
 # --- running ---------------------------------------------------------------------------------------------------------
@@ -204,7 +204,7 @@ def base_sha256(name_or_path: str) -> str:
     return digest.hexdigest() if files else name_or_path
 
 
-def expected(recipe: Recipe, test: HeldOut, data_sha256: str) -> dict[str, Any]:
+def expected(recipe: Recipe, test: HeldOut, data_sha256: str, harness_version: str | None) -> dict[str, Any]:
     """What every line of a table must have in common."""
     return {
         "task": recipe.task,
@@ -212,6 +212,7 @@ def expected(recipe: Recipe, test: HeldOut, data_sha256: str) -> dict[str, Any]:
         "data_sha256": data_sha256,
         "test_sha256": test.sha256,
         "metric_version": measure.VERSION,
+        "harness_version": harness_version,
     }
 
 

@@ -96,6 +96,7 @@ class Examination:
             keep: a file for what was asked, chosen and written, one JSON object a line.
         """
         outcomes: Outcomes = {}
+        kept: list[dict[str, Any]] = []
         how = self._how | ({} if batch_size is None else {"batch_size": batch_size}) | {"on_batch": on_batch}
         scores = measure(
             model, self.rows.rows, self.rows.collator, task=self.recipe.task, on_outcomes=outcomes.update, **how
@@ -104,12 +105,14 @@ class Examination:
             answers, records = self._answers(model, how)
             outcomes |= answers
             scores |= {name: mean_of(values) for name, values in answers.items()}
-            if keep is not None:
-                write_text(keep, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+            kept += records
         if self.corpus is not None:
             scores |= self.corpus.measure(model, on_outcomes=outcomes.update, **how)
         if self.harness is not None:
-            scores |= self.harness.measure(model, self.processor, on_outcomes=outcomes.update, **how)
+            told: dict[str, Any] = {"on_outcomes": outcomes.update, "on_records": kept.extend}
+            scores |= self.harness.measure(model, self.processor, **told, **how)
+        if kept and keep is not None:
+            write_text(keep, "".join(json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in kept))
         if on_outcomes:
             on_outcomes(outcomes)
         return scores

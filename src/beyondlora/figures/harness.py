@@ -6,6 +6,7 @@ in gsm8k_exact_match_strict-match. A group has a figure of its own, where the ha
 
 import copy
 import difflib
+import importlib.metadata
 import logging
 import os
 import random
@@ -23,6 +24,8 @@ import torch
 from .. import processes
 from ..measure import RESAMPLES, Measurement, Measurements, Outcomes, inference
 from ..recipe import Recipe
+
+UNVERSIONED = "Yaml"  # what the harness calls the version of a task whose file names none
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Harness:
     asked: list[list[Any]]  # for each name the harness's task or group; of a tag, all its tasks
     means: dict[str, Mean]  # by the names of their figures
     limit: int | None
+    version: str  # of the harness and of each task: what two runs must share for their figures to be comparable
 
     @classmethod
     def of(cls, recipe: Recipe) -> "Harness | None":
@@ -61,6 +65,7 @@ class Harness:
                 f"lm_eval_include_path={own!r} is no folder; relative paths start from {Path.cwd()}"
             )
         limit, asked, means = recipe.max_eval_samples, [], dict[str, Mean]()
+        versions = dict[str, str]()
         with _apart():
             from lm_eval.tasks import TaskManager
 
@@ -70,7 +75,9 @@ class Harness:
                 asked.append([*loaded["groups"].values()][:1] or [*loaded["tasks"].values()])
                 for task in loaded["tasks"].values():
                     means |= _means(task, limit)
-        return cls(manager, asked, means, limit)
+                    versions[task.task_name] = "" if task.VERSION == UNVERSIONED else f" {task.VERSION}"
+        told = ", ".join(f"{task}{version}" for task, version in sorted(versions.items()))
+        return cls(manager, asked, means, limit, f"lm_eval {importlib.metadata.version('lm_eval')}: {told}")
 
     def measure(
         self,
@@ -81,12 +88,14 @@ class Harness:
         bf16: bool = False,
         on_batch: Callable[[int, int], None] | None = None,
         on_outcomes: Callable[[Outcomes], None],
+        on_records: Callable[[list[dict[str, Any]]], None] | None = None,
     ) -> Measurements:
         """Every figure of the tasks as the harness has it; it resamples for errors without a formula.
 
         Args:
             on_batch: called with (names done, names in all).
             on_outcomes: called after each name with a number a row for each of the `means`.
+            on_records: called after each name with what was asked and answered, a mapping a row and filter.
         """
         scores: Measurements = {}
         with inference(model):
@@ -106,6 +115,8 @@ class Harness:
                     )
                 outcomes = self._outcomes(found["samples"])
                 on_outcomes(outcomes)
+                if on_records:
+                    on_records(_records(found["samples"]))
                 scores |= _figures(found["results"], outcomes)
                 if on_batch:
                     on_batch(number, len(self.asked))
@@ -156,6 +167,24 @@ def _means(task: Any, limit: int | None) -> dict[str, Mean]:
     }
 
 
+def _records(samples: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """What the model was asked, what is right, and its answers as they came: texts, or log likelihoods of options."""
+    return [
+        {
+            "task": task,
+            "row": row["doc_id"],
+            "filter": row["filter"],
+            "prompt": row["arguments"][0][0],
+            "options": [request[1] for request in row["arguments"] if isinstance(request[1], str)],
+            "answer": row["target"],
+            "responses": row["resps"],
+            **{metric: row[metric] for metric in row["metrics"] if isinstance(row[metric], Real)},
+        }
+        for task, rows in samples.items()
+        for row in rows
+    ]
+
+
 def _figures(results: dict[str, dict[str, Any]], outcomes: Outcomes) -> Measurements:
     """The harness's table; its keys are "METRIC,FILTER" and "METRIC_stderr,FILTER", among others without a comma."""
     scores: Measurements = {}
@@ -180,7 +209,8 @@ def _named(task: str, metric: str, chosen: str, filters: list[str]) -> str:
 @contextmanager
 def _apart() -> Iterator[None]:
     """It seeds every generator, prints, shows bars and gives advice: none of that leaves this block."""
-    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # it would fork this process in order to resample
+    forking = os.environ.get("DISABLE_MULTIPROC")
+    os.environ["DISABLE_MULTIPROC"] = "1"  # it would fork this process in order to resample
     logger, python, numpy = logging.getLogger("lm_eval"), random.getstate(), np.random.get_state()
     level = logger.level
     logger.setLevel(logging.WARNING)
@@ -195,6 +225,10 @@ def _apart() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
+        if forking is None:
+            del os.environ["DISABLE_MULTIPROC"]
+        else:
+            os.environ["DISABLE_MULTIPROC"] = forking
         logger.setLevel(level)
         random.setstate(python)
         np.random.set_state(numpy)
