@@ -17,11 +17,11 @@ import typer
 import yaml
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from . import __version__
 from .recipe import Recipe
 from .run_folder import RunFolder
+from .tables import show_analysis, show_figures, show_gap
 
 if TYPE_CHECKING:
     from .progress import Progress
@@ -80,7 +80,7 @@ def train(
             summary = training.train(loaded, resume=resume, overwrite=overwrite, progress=_progress())
         if not _is_first_process():
             return
-        _show(
+        show_figures(
             f"{summary['peft_type']}, {summary['trainable_parameters']:,} trainable parameters, "
             f"best step {summary['best_step']} of {summary['steps']}, {summary['seconds']:.0f} s",
             summary["metrics"],
@@ -100,7 +100,8 @@ def evaluate(
     ] = None,
     set_: Overrides = None,
     keep: Annotated[
-        Path | None, typer.Option(help="A file (JSON lines) for what was asked, chosen and written, where metrics ask.")
+        Path | None,
+        typer.Option(help="A file (JSON lines) for what the recipe asks, and what was answered."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
@@ -121,7 +122,7 @@ def evaluate(
             typer.echo(json.dumps(result, indent=2))
         else:
             how = " (merged)" if merged else ""
-            _show(f"{result['adapter']}{how} on {result['data']}, {result['seconds']:.0f} s", result["metrics"])
+            show_figures(f"{result['adapter']}{how} on {result['data']}, {result['seconds']:.0f} s", result["metrics"])
 
 
 @app.command()
@@ -150,7 +151,7 @@ def analyse(
         if as_json:
             typer.echo(json.dumps(result, indent=2))
         else:
-            _show_analysis(result)
+            show_analysis(result, _say)
         if out is not None:
             _say(f"Written: {out}")
 
@@ -205,7 +206,7 @@ def export(
         if as_json:
             typer.echo(json.dumps(record, indent=2))
             return
-        _show_gap(record, every_layer=report)
+        show_gap(record, every_layer=report)
         _say(f"Written: {folder}. To serve it:")
         typer.echo(record["serve"])
 
@@ -414,99 +415,3 @@ def _progress() -> "Progress":
 def _is_first_process() -> bool:
     """Whether this process speaks for all that a launcher (accelerate, torchrun) started."""
     return os.environ.get("RANK", "0") == "0"
-
-
-ANALYSIS_COLUMNS = {
-    "r": ("rank", "{:g}"),
-    "effective\nrank": ("effective_rank", "{:.2f}"),
-    "manifold\ndim.": ("manifold_dimension", "{:.1f}"),
-    "stable\nrank": ("stable_rank", "{:.2f}"),
-    "rank\nof ΔW": ("update_effective_rank", "{:.2f}"),
-    "non-\nlinear": ("nonlinear_share", "{:.1%}"),
-    "dead": ("dead_units", "{:.1%}"),
-    "satu-\nrated": ("saturated", "{:.1%}"),
-    "off\nStiefel": ("orthonormality", "{:.0e}"),
-}
-
-
-def _show_analysis(result: dict[str, Any]) -> None:
-    """Print averages over layers, and how far each two adapters write into the same directions."""
-    means = {adapter["label"]: adapter["mean"] for adapter in result["adapters"]}
-    told = {
-        heading: column
-        for heading, column in ANALYSIS_COLUMNS.items()
-        if any(mean[column[0]] is not None for mean in means.values())
-    }
-    table = Table()
-    table.add_column("adapter", overflow="fold")
-    for heading in told:
-        table.add_column(heading, justify="right")
-    for label, mean in means.items():
-        table.add_row(label, *("" if mean[key] is None else form.format(mean[key]) for key, form in told.values()))
-    console = Console()
-    first = next(iter(means.values()))
-    measured = f"{first['tokens']:,} tokens of {result['data']}; means over {first['layers']} layers"
-    console.print(f"{measured}, {result['seconds']:.0f} s", markup=False, highlight=False)
-    console.print(table)
-    for label, mean in means.items():
-        if mean["left_out"]:
-            names = ", ".join(mean["left_out"][:3]) + (", ..." if len(mean["left_out"]) > 3 else "")
-            _say(f"{label}: left out, for they saw too few tokens or add nothing that varies: {names}")
-        if mean["rank"] and mean["tokens"] <= mean["rank"]:
-            _say(f"{label}: {mean['tokens']} tokens bound every rank here below r; give more.")
-    if result["subspaces"]:
-        _show_subspaces(console, result["subspaces"])
-
-
-def _show_subspaces(console: Console, pairs: list[dict[str, Any]]) -> None:
-    table = Table(title="Leading directions: overlap (mean cos² of the principal angles)", title_justify="left")
-    keys = {"outputs": "overlap", "by chance": "chance", "inputs": "input_overlap", "by chance ": "input_chance"}
-    for heading in ("adapters", *keys):
-        table.add_column(heading, justify="left" if heading == "adapters" else "right")
-    for pair in pairs:
-        numbers = ("" if pair[key] is None else f"{pair[key]:.2f}" for key in keys.values())
-        table.add_row(f"{pair['a']} and {pair['b']}", *numbers)
-    console.print(table)
-
-
-def _show(title: str, metrics: dict[str, Any]) -> None:
-    """Print one table of figures, standard errors and the number of rows behind them."""
-    table = Table()
-    for heading in ("metric", "value", "standard error", "n"):
-        table.add_column(heading, justify="left" if heading == "metric" else "right")
-    for name, score in metrics.items():
-        stderr = "" if score["stderr"] is None else f"± {score['stderr']:.4f}"
-        value = f"{score['value']:,.0f}" if name == "tokens" else f"{score['value']:.4f}"
-        table.add_row(name, value, stderr, f"{score['n']:,}")
-    console = Console()
-    console.print(title, markup=False, highlight=False)
-    console.print(table)
-
-
-def _show_gap(record: dict[str, Any], *, every_layer: bool) -> None:
-    """Print how far an export is from the live adapter."""
-    console = Console()
-    console.print(f"{record['made_from']} as {record['form']} form, compared on {record['compared_on']}", markup=False)
-    table = Table("exported against live", "")
-    if record["layers"]:
-        shown = record["layers"] if every_layer else {}
-        for path, gap in shown.items():
-            table.add_row(path, f"{gap:.2e}")
-        table.add_row("layer output, relative: largest", f"{record['layer_gap']['largest']:.2e}")
-        table.add_row("layer output, relative: median", f"{record['layer_gap']['median']:.2e}")
-    table.add_row("logits, relative", f"{record['logits_relative']:.2e}")
-    table.add_row("logits, largest difference", f"{record['logits_max']:.2e}")
-    table.add_row("share of the adapter's effect lost", f"{record['adapter_relative']:.2e}")
-    table.add_row("top-1 agreement", f"{record['top1_agreement']:.4%}")
-    console.print(table)
-    if "scores" in record:
-        _show_scores(record["scores"])
-
-
-def _show_scores(scores: dict[str, dict[str, Any]]) -> None:
-    """Print the figures of the base model, the live adapter and the export beside each other."""
-    table = Table("metric", *scores)
-    for name in scores["live"]:
-        if name != "tokens":
-            table.add_row(name, *(f"{figures[name]['value']:.4f}" for figures in scores.values()))
-    Console().print(table)

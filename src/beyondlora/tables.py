@@ -1,0 +1,102 @@
+"""What commands print on standard output: tables of results."""
+
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+COLUMNS = {
+    "r": ("rank", "{:g}"),
+    "effective\nrank": ("effective_rank", "{:.2f}"),
+    "manifold\ndim.": ("manifold_dimension", "{:.1f}"),
+    "stable\nrank": ("stable_rank", "{:.2f}"),
+    "rank\nof ΔW": ("update_effective_rank", "{:.2f}"),
+    "non-\nlinear": ("nonlinear_share", "{:.1%}"),
+    "dead": ("dead_units", "{:.1%}"),
+    "satu-\nrated": ("saturated", "{:.1%}"),
+    "off\nStiefel": ("orthonormality", "{:.0e}"),
+}
+
+
+def show_analysis(result: dict[str, Any], say: Callable[[str], None]) -> None:
+    """Averages over layers, and how far each two adapters write into the same directions; `say` what was left out."""
+    means = {adapter["label"]: adapter["mean"] for adapter in result["adapters"]}
+    told = {
+        heading: column
+        for heading, column in COLUMNS.items()
+        if any(mean[column[0]] is not None for mean in means.values())
+    }
+    table = Table()
+    table.add_column("adapter", overflow="fold")
+    for heading in told:
+        table.add_column(heading, justify="right")
+    for label, mean in means.items():
+        table.add_row(label, *("" if mean[key] is None else form.format(mean[key]) for key, form in told.values()))
+    console = Console()
+    first = next(iter(means.values()))
+    measured = f"{first['tokens']:,} tokens of {result['data']}; means over {first['layers']} layers"
+    console.print(f"{measured}, {result['seconds']:.0f} s", markup=False, highlight=False)
+    console.print(table)
+    for label, mean in means.items():
+        if mean["left_out"]:
+            names = ", ".join(mean["left_out"][:3]) + (", ..." if len(mean["left_out"]) > 3 else "")
+            say(f"{label}: left out, for they saw too few tokens or add nothing that varies: {names}")
+        if mean["rank"] and mean["tokens"] <= mean["rank"]:
+            say(f"{label}: {mean['tokens']} tokens bound every rank here below r; give more.")
+    if result["subspaces"]:
+        _show_subspaces(console, result["subspaces"])
+
+
+def _show_subspaces(console: Console, pairs: list[dict[str, Any]]) -> None:
+    table = Table(title="Leading directions: overlap (mean cos² of the principal angles)", title_justify="left")
+    keys = {"outputs": "overlap", "by chance": "chance", "inputs": "input_overlap", "by chance ": "input_chance"}
+    for heading in ("adapters", *keys):
+        table.add_column(heading, justify="left" if heading == "adapters" else "right")
+    for pair in pairs:
+        numbers = ("" if pair[key] is None else f"{pair[key]:.2f}" for key in keys.values())
+        table.add_row(f"{pair['a']} and {pair['b']}", *numbers)
+    console.print(table)
+
+
+def show_figures(title: str, metrics: dict[str, Any]) -> None:
+    """One table of figures, standard errors and the number of rows behind them."""
+    table = Table()
+    for heading in ("metric", "value", "standard error", "n"):
+        table.add_column(heading, justify="left" if heading == "metric" else "right")
+    for name, score in metrics.items():
+        stderr = "" if score["stderr"] is None else f"± {score['stderr']:.4f}"
+        value = f"{score['value']:,.0f}" if name == "tokens" else f"{score['value']:.4f}"
+        table.add_row(name, value, stderr, f"{score['n']:,}")
+    console = Console()
+    console.print(title, markup=False, highlight=False)
+    console.print(table)
+
+
+def show_gap(record: dict[str, Any], *, every_layer: bool) -> None:
+    """How far an export is from the live adapter."""
+    console = Console()
+    console.print(f"{record['made_from']} as {record['form']} form, compared on {record['compared_on']}", markup=False)
+    table = Table("exported against live", "")
+    if record["layers"]:
+        shown = record["layers"] if every_layer else {}
+        for path, gap in shown.items():
+            table.add_row(path, f"{gap:.2e}")
+        table.add_row("layer output, relative: largest", f"{record['layer_gap']['largest']:.2e}")
+        table.add_row("layer output, relative: median", f"{record['layer_gap']['median']:.2e}")
+    table.add_row("logits, relative", f"{record['logits_relative']:.2e}")
+    table.add_row("logits, largest difference", f"{record['logits_max']:.2e}")
+    table.add_row("share of the adapter's effect lost", f"{record['adapter_relative']:.2e}")
+    table.add_row("top-1 agreement", f"{record['top1_agreement']:.4%}")
+    console.print(table)
+    if "scores" in record:
+        _show_scores(record["scores"])
+
+
+def _show_scores(scores: dict[str, dict[str, Any]]) -> None:
+    """The figures of the base model, the live adapter and the export beside each other."""
+    table = Table("metric", *scores)
+    for name in scores["live"]:
+        if name != "tokens":
+            table.add_row(name, *(f"{figures[name]['value']:.4f}" for figures in scores.values()))
+    Console().print(table)
