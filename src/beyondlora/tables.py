@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
+MAX_PAIRS = 15  # of subspaces, those of six adapters: more is no table that anybody reads
 COLUMNS = {
     "r": ("rank", "{:g}"),
     "effective\nrank": ("effective_rank", "{:.2f}"),
@@ -27,13 +29,14 @@ def show_analysis(result: dict[str, Any], say: Callable[[str], None]) -> None:
         for heading, column in COLUMNS.items()
         if any(mean[column[0]] is not None for mean in means.values())
     }
-    table = Table()
-    table.add_column("adapter", overflow="fold")
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)  # eight columns of figures beside a name
+    console = Console()
+    figures = sum(max(5, *map(len, heading.split("\n"))) + 2 for heading in told)
+    table.add_column("adapter", overflow="fold", min_width=max(8, min(max(map(len, means)), console.width - figures)))
     for heading in told:
         table.add_column(heading, justify="right")
     for label, mean in means.items():
         table.add_row(label, *("" if mean[key] is None else form.format(mean[key]) for key, form in told.values()))
-    console = Console()
     first = next(iter(means.values()))
     measured = f"{first['tokens']:,} tokens of {result['data']}; means over {first['layers']} layers"
     console.print(f"{measured}, {result['seconds']:.0f} s", markup=False, highlight=False)
@@ -44,8 +47,11 @@ def show_analysis(result: dict[str, Any], say: Callable[[str], None]) -> None:
             say(f"{label}: left out, for they saw too few tokens or add nothing that varies: {names}")
         if mean["rank"] and mean["tokens"] <= mean["rank"]:
             say(f"{label}: {mean['tokens']} tokens bound every rank here below r; give more.")
-    if result["subspaces"]:
-        _show_subspaces(console, result["subspaces"])
+    pairs = result["subspaces"]
+    if len(pairs) > MAX_PAIRS:
+        say(f"How near the subspaces of {len(pairs)} pairs of adapters are is in the JSON (--json, or --out FOLDER).")
+    elif pairs:
+        _show_subspaces(console, pairs)
 
 
 def _show_subspaces(console: Console, pairs: list[dict[str, Any]]) -> None:

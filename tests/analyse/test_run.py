@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from beyondlora.analyse import analyse
 from beyondlora.cli import app
+from beyondlora.tables import show_analysis
 from beyondlora.train import train
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -102,6 +103,23 @@ def test_an_adapter_is_in_the_subspace_of_its_copy(runs, house, tmp_path):
     assert pair["input_overlap"] == pytest.approx(1, abs=1e-12)
     assert 0 < pair["input_chance"] < 0.5
     assert len(pair["layers"]) == 14
+
+
+def test_many_adapters_are_a_table_of_80_columns_with_whole_names_and_no_list_of_pairs(runs, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    mean = analyse([runs / "cera"], max_tokens=200)["adapters"][0]["mean"]
+    labels = [f"cera-r-{rank}-lr0.03-seed0" for rank in range(7)]
+    pair = {"a": labels[0], "b": labels[1], "overlap": 0.5, "chance": 0.1, "input_overlap": 0.5, "input_chance": None}
+    result = {"adapters": [{"label": label, "mean": mean} for label in labels], "data": "text", "seconds": 1.0}
+    said = []
+    show_analysis(result | {"subspaces": [pair] * 15}, said.append)
+    shown = capsys.readouterr().out
+    assert all(label in shown for label in labels)
+    assert shown.count("0.50") == 30
+    assert said == []
+    show_analysis(result | {"subspaces": [pair] * 21}, said.append)
+    assert "0.50" not in capsys.readouterr().out
+    assert said == ["How near the subspaces of 21 pairs of adapters are is in the JSON (--json, or --out FOLDER)."]
 
 
 # The command line ---------------------------------------------------------------------------------------------------
