@@ -300,6 +300,34 @@ def test_points_stand_at_the_mean_over_seeds(outcome):
     assert points == [pytest.approx(place) for place in expected]
 
 
+@pytest.mark.parametrize("good", [True, False])
+def test_what_would_squash_all_others_is_left_off_the_scale_and_said(outcome, good):
+    worst = outcome.arms[-1]
+    bad = dataclasses.replace(worst, figures=worst.figures + (1 if good else 400))
+    found = dataclasses.replace(outcome, arms=[*outcome.arms[:-1], bad, *outcome.arms[:-1]])
+    _, figure = pictures._parameters(found, pictures._colors(found))
+    (axes,) = figure.axes
+    assert [text.get_text() for text in axes.texts] == ([] if good else [f"{bad.name}: {bad.figures.mean():.3g}"])
+    low, high = axes.get_ylim()
+    assert low < min(arm.figures.mean() for arm in found.arms)
+    assert (high > bad.figures.mean()) == good
+    up = graded({"base": MIDDLE, "one": EDGE, "two": EDGE, "three": EDGE, "best": EDGE})
+    arms = [dataclasses.replace(arm, figures=arm.figures - 9 * (arm.name == "base")) for arm in up.arms]
+    _, figure = pictures._parameters(dataclasses.replace(up, arms=arms), pictures._colors(up))
+    assert [text.get_text() for text in figure.axes[0].texts] == ["base: -8.85"]
+    assert figure.axes[0].get_ylim()[0] > -1
+
+
+def test_a_picture_grows_with_its_legend(outcome):
+    _, short = pictures._parameters(outcome, pictures._colors(outcome))
+    arms = [dataclasses.replace(outcome.arms[0], method=f"method number {number}") for number in range(9)]
+    lines = [outcome.lines[0] | {"method": arm.method} for arm in arms]
+    many = dataclasses.replace(outcome, arms=arms, lines=lines)
+    _, tall = pictures._parameters(many, pictures._colors(many))
+    assert tall.get_figheight() > short.get_figheight() + 0.5
+    assert len(set(pictures._colors(many).values())) == 9
+
+
 def test_a_setting_that_was_lost_is_crossed_out(outcome):
     _, figure = pictures._learning_rates(outcome, pictures._colors(outcome))
     lines = [line for axes in figure.axes for line in axes.lines]

@@ -17,7 +17,8 @@ from ..run_folder import RunFolder, write_text
 from .arms import Arm, Outcome
 
 INK = "#010203"  # stands for the page's text colour until the SVG is written
-COLORS = ("#3f7fd8", "#e0762f", "#229b72", "#c9498f", "#8d66d6", "#a9861c", "#2d9fb5", "#d3544f")
+COLORS = ("#3f7fd8", "#e0762f", "#229b72", "#c9498f", "#8d66d6", "#a9861c", "#2d9fb5", "#d3544f", "#7f8c8d", "#5d8a2b")
+FAR = 2.5  # times the distance of the best four fifths from the best: from there a point is left off the scale
 STYLE: dict[Any, Any] = {
     "axes.edgecolor": INK,
     "axes.labelcolor": INK,
@@ -105,19 +106,46 @@ def _memory(outcome: Outcome, colors: Mapping[str, str]) -> Drawn:
 def _against(outcome: Outcome, colors: Mapping[str, str], key: str, label: str, caption: str, unit: float = 1) -> Drawn:
     """One point an arm, ± its seeds; a line through the arms of a method."""
     figure, axes = _figure()
-    drawn = []
+    drawn: list[tuple[float, float, str, str]] = []
     for method, arms in _by_method(outcome):
-        points = sorted(((arm.mean_of(key) / unit, arm.figures) for arm in arms), key=lambda point: point[0])
-        x, y = [at for at, _ in points], [values.mean() for _, values in points]
-        spread = [values.std(ddof=1) if len(values) > 1 else 0 for _, values in points]
+        points = sorted(((arm.mean_of(key) / unit, arm.figures, arm.name) for arm in arms), key=lambda point: point[0])
+        x, y = [at for at, _, _ in points], [float(values.mean()) for _, values, _ in points]
+        spread = [values.std(ddof=1) if len(values) > 1 else 0 for _, values, _ in points]
         axes.errorbar(x, y, yerr=spread, color=colors[method], marker="o", markersize=5, linewidth=1.2, label=method)
-        drawn += x
+        drawn += [(at, value, name, colors[method]) for at, value, (_, _, name) in zip(x, y, points, strict=True)]
     if not drawn:
         return None
-    _label_logarithmic(axes, "x", drawn)
+    _label_logarithmic(axes, "x", [at for at, *_ in drawn])
     axes.set(xlabel=label, ylabel=f"test {outcome.metric.name}")
+    _leave_off_scale(axes, drawn, worse_is_up=not outcome.metric.higher_is_better)
     _legend(axes)
     return f"{caption}; bars are one standard deviation over seeds", figure
+
+
+def _leave_off_scale(axes: Any, points: Sequence[tuple[float, float, str, str]], *, worse_is_up: bool) -> None:
+    """Cut off what is so bad that everything else would lie on one line, and say at the edge where it is."""
+    sign = 1 if worse_is_up else -1
+    badness = sorted(sign * value for _, value, _, _ in points)
+    limit = badness[0] + FAR * (badness[math.ceil(0.8 * len(badness)) - 1] - badness[0])
+    far = [point for point in points if sign * point[1] > limit]
+    if not far:
+        return
+    inside = [bad for bad in badness if bad <= limit]
+    room = (inside[-1] - inside[0] or abs(inside[0])) * 0.12
+    low, high = sorted((sign * (inside[0] - room), sign * (inside[-1] + 2.5 * room)))
+    axes.set_ylim(low, high)
+    for at, value, name, color in far:
+        axes.annotate(
+            f"{name}: {_short(value)}",
+            (at, high if worse_is_up else low),
+            xytext=(0, -14 if worse_is_up else 14),
+            textcoords="offset points",
+            ha="right",
+            va="center",
+            fontsize=7,
+            color=color,
+            arrowprops={"arrowstyle": "->", "color": color},
+        )
 
 
 def _learning_rates(outcome: Outcome, colors: Mapping[str, str]) -> Drawn:
@@ -212,8 +240,10 @@ def _panels(
                 lines.append((axes, arm, style))
         if len(panels) > 1:
             axes.set_title(panel[0][0] if panel is not single else "", color=colors[panel[0][0]], fontsize=9)
-    for axes in list(grid.flat)[len(panels) :]:
-        axes.remove()
+    for column in range(len(panels) % columns or columns, columns) if panels else ():
+        grid[rows - 1][column].remove()
+        if rows > 1:
+            grid[rows - 2][column].tick_params(labelbottom=True)
     return figure, lines
 
 
@@ -231,8 +261,11 @@ def _finish_panels(figure: Any, xlabel: str, ylabel: str) -> None:
 
 
 def _legend(axes: Any) -> None:
+    """Above the axes; what room it takes is added to the picture's."""
     handles, labels = axes.get_legend_handles_labels()
     columns = max(1, min(3, 48 // (max(map(len, labels), default=1) + 6)))
+    rows = math.ceil(len(labels) / columns)
+    axes.figure.set_figheight(axes.figure.get_figheight() + 0.2 * max(rows - 1, 0))
     axes.legend(
         handles, labels, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=columns, handlelength=2, columnspacing=1.2
     )
