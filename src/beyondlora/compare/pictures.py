@@ -117,17 +117,22 @@ def _against(outcome: Outcome, colors: Mapping[str, str], key: str, label: str, 
         return None
     _label_logarithmic(axes, "x", [at for at, *_ in drawn])
     axes.set(xlabel=label, ylabel=f"test {outcome.metric.name}")
-    _leave_off_scale(axes, drawn, worse_is_up=not outcome.metric.higher_is_better)
+    spread = [arm.figures.std(ddof=1) for arm in outcome.arms if len(arm.figures) > 1]
+    noise = 2 * float(np.median(spread)) if spread else 0.0
+    _leave_off_scale(axes, drawn, noise, worse_is_up=not outcome.metric.higher_is_better)
     _legend(axes)
     return f"{caption}; bars are one standard deviation over seeds", figure
 
 
-def _leave_off_scale(axes: Any, points: Sequence[tuple[float, float, str, str]], *, worse_is_up: bool) -> None:
+def _leave_off_scale(
+    axes: Any, points: Sequence[tuple[float, float, str, str]], noise: float, *, worse_is_up: bool
+) -> None:
     """Cut off what is so bad that everything else would lie on one line, and say at the edge where it is."""
     sign = 1 if worse_is_up else -1
     badness = sorted(sign * value for _, value, _, _ in points)
-    limit = badness[0] + FAR * (badness[math.ceil(0.8 * len(badness)) - 1] - badness[0])
-    far = [point for point in points if sign * point[1] > limit]
+    reach = max(badness[math.ceil(0.8 * len(badness)) - 1] - badness[0], noise)
+    limit = badness[0] + FAR * reach
+    far = [point for point in points if reach > 0 and sign * point[1] > limit]
     if not far:
         return
     inside = [bad for bad in badness if bad <= limit]
