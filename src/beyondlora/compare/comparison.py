@@ -25,6 +25,7 @@ from .runs import (
     FINISHED,
     HeldOut,
     Line,
+    alone_in,
     check_planned,
     check_same,
     expected,
@@ -59,13 +60,26 @@ def compare(
         jobs: runs at a time; None = one a core, or one on an accelerator.
         yes: more than MAX_RUNS runs or MAX_HOURS hours are meant.
 
-    Raises: ValueError, FileNotFoundError: bad input.
+    Raises: ValueError, FileNotFoundError: bad input. BlockingIOError: another comparison is at work in that folder.
     """
     progress = progress or Progress()
     _check_extras()
     check_extras(grid.runs[0].recipe)
     for runs in grid.arms.values():
         config_from(runs[0].recipe)  # an unknown method or key
+    with alone_in(grid.output):
+        return _compare(grid, title, command, joined, jobs, yes, progress)
+
+
+def _compare(
+    grid: Grid,
+    title: str,
+    command: Sequence[str],
+    joined: Sequence[Path],
+    jobs: int | None,
+    yes: bool,
+    progress: Progress,
+) -> Outcome:
     grid, test, shared = _settled(grid, progress)
     others = _joined(joined, shared)
     lines = read_results(grid.output)
