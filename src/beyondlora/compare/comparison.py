@@ -68,24 +68,22 @@ def compare(
     for runs in grid.arms.values():
         config_from(runs[0].recipe)  # an unknown method or key
     with alone_in(grid.output):
-        return _compare(grid, title, command, joined, jobs, yes, progress)
+        grid, test, shared = _settled(grid, progress)
+        others = _joined(joined, shared)
+        lines = _lines(grid, test, shared, jobs, yes, progress)
+        name, notes = title or grid.output.name, shared_notes(grid, others)
+        outcome = outcome_of(grid, [*lines, *others], title=name, notes=notes)
+        _write(outcome, grid, command or ["beyondlora", "compare"], progress)
+    return outcome
 
 
-def _compare(
-    grid: Grid,
-    title: str,
-    command: Sequence[str],
-    joined: Sequence[Path],
-    jobs: int | None,
-    yes: bool,
-    progress: Progress,
-) -> Outcome:
-    grid, test, shared = _settled(grid, progress)
-    others = _joined(joined, shared)
+def _lines(
+    grid: Grid, test: HeldOut, shared: dict[str, Any], jobs: int | None, yes: bool, progress: Progress
+) -> list[Line]:
+    """The line of every run of the grid, those that are missing trained first. Raises: ValueError."""
     lines = read_results(grid.output)
     check_planned(lines, grid.runs, grid.output)
     check_same({run.name: lines[run.name] for run in grid.runs if run.name in lines}, shared, grid.output)
-
     left = [run for run in grid.runs if lines.get(run.name, {"status": FAILED})["status"] == FAILED]
     jobs = jobs or (1 if _on_accelerator() else os.cpu_count() or 1)
     progress.say(f"{grid.describe()}" + (f"; {len(left)} left" if len(left) < len(grid.runs) else ""))
@@ -99,10 +97,7 @@ def _compare(
                 _say_if_bad(line, progress)
         finally:
             progress.end()
-    planned = [lines[run.name] for run in grid.runs if run.name in lines]
-    outcome = outcome_of(grid, [*planned, *others], title=title or grid.output.name, notes=shared_notes(grid, others))
-    _write(outcome, grid, command or ["beyondlora", "compare"], progress)
-    return outcome
+    return [lines[run.name] for run in grid.runs if run.name in lines]
 
 
 # --- before the runs -------------------------------------------------------------------------------------------------

@@ -109,8 +109,9 @@ class Examination:
         if self.corpus is not None:
             scores |= self.corpus.measure(model, on_outcomes=outcomes.update, **how)
         if self.harness is not None:
-            told: dict[str, Any] = {"on_outcomes": outcomes.update, "on_records": kept.extend}
-            scores |= self.harness.measure(model, self.processor, **told, **how)
+            scores |= self.harness.measure(
+                model, self.processor, on_outcomes=outcomes.update, on_records=kept.extend, **how
+            )
         if kept and keep is not None:
             write_text(keep, "".join(json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in kept))
         if on_outcomes:
