@@ -117,8 +117,8 @@ def _against(outcome: Outcome, colors: Mapping[str, str], key: str, label: str, 
         return None
     _label_logarithmic(axes, "x", [at for at, *_ in drawn])
     axes.set(xlabel=label, ylabel=f"test {outcome.metric.name}")
-    spread = [arm.figures.std(ddof=1) for arm in outcome.arms if len(arm.figures) > 1]
-    noise = 2 * float(np.median(spread)) if spread else 0.0
+    deviations = [arm.figures.std(ddof=1) for arm in outcome.arms if len(arm.figures) > 1]
+    noise = 2 * float(np.median(deviations)) if deviations else 0.0
     _leave_off_scale(axes, drawn, noise, worse_is_up=not outcome.metric.higher_is_better)
     _legend(axes)
     return f"{caption}; bars are one standard deviation over seeds", figure
@@ -233,9 +233,9 @@ def _panels(
     methods = [(method, arms) for method, arms in _by_method(outcome, judged=judged) if arms]
     single = [pair for pair in methods if len(pair[1]) == 1]
     panels = [[pair] for pair in methods if len(pair[1]) > 1] + ([single] if single else [])
-    columns = min(2, len(panels))
-    rows = math.ceil(len(panels) / columns) if panels else 1
-    figure, grid = _axes(3.1 if rows == 1 else 2.3 * rows, rows, max(columns, 1))
+    columns = 1 if len(panels) < 2 else 2
+    rows = max(1, math.ceil(len(panels) / columns))
+    figure, grid = _axes(3.1 if rows == 1 else 2.3 * rows, rows, columns)
     lines = []
     for axes, panel in zip(grid.flat, panels, strict=False):
         for method, arms in panel:
@@ -245,10 +245,9 @@ def _panels(
                 lines.append((axes, arm, style))
         if len(panels) > 1:
             axes.set_title(panel[0][0] if panel is not single else "", color=colors[panel[0][0]], fontsize=9)
-    for column in range(len(panels) % columns or columns, columns) if panels else ():
-        grid[rows - 1][column].remove()
-        if rows > 1:
-            grid[rows - 2][column].tick_params(labelbottom=True)
+    if len(panels) < rows * columns and rows > 1:
+        grid[-1][1].remove()
+        grid[-2][1].tick_params(labelbottom=True)
     return figure, lines
 
 

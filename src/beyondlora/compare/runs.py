@@ -6,6 +6,7 @@ one table. The last line of a run counts; a line cut short by a kill does not.
 
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import math
@@ -21,11 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 from .. import measure, models
 from ..evaluate import evaluate
@@ -80,11 +76,8 @@ def read_results(folder: Path) -> dict[str, Line]:
 def alone_in(folder: Path) -> Iterator[None]:
     """Keep other comparisons out of a folder: two would train in the same run folders. Gone with the process.
 
-    Raises: BlockingIOError. Systems without flock (Windows) have no such guard.
+    Raises: BlockingIOError.
     """
-    if fcntl is None:
-        yield
-        return
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("w") as file:
         try:
