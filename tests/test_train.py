@@ -3,6 +3,7 @@
 import contextlib
 import importlib.metadata
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from beyondlora.attach import attach, config_from
 from beyondlora.evaluate import evaluate
 from beyondlora.progress import Progress
 from beyondlora.recipe import Recipe
-from beyondlora.run_folder import CONTENTS, RunFolder
+from beyondlora.run_folder import CONTENTS, LOCK, RunFolder, alone_in
 from beyondlora.train import train
 
 ACCUMULATED = {  # 5 batches an epoch, so 3 steps, the last one shorter; 4 epochs
@@ -294,9 +295,42 @@ def test_resuming_with_other_data_is_refused(recipe, house, process, tmp_path):
         train(recipe(dataset_name=str(text)), resume=True)
 
 
+@pytest.mark.parametrize("flags", [{"resume": True}, {"overwrite": True}], ids=str)
+def test_a_run_that_is_still_at_work_is_neither_resumed_nor_deleted(flags, recipe, process, tmp_path):
+    assert process(small_runs.train_and_die, recipe(), 150, False) == -signal.SIGKILL
+    before = snapshot(tmp_path / "run")
+    with alone_in(tmp_path / "run", "run"), pytest.raises(BlockingIOError, match="another run is at work"):
+        train(recipe(), **flags)
+    assert snapshot(tmp_path / "run") == before
+    assert train(recipe(), **flags)["steps"] == 12  # what was killed holds nothing
+
+
+@pytest.mark.parametrize("gone", [False, True], ids=["finished", "rotated"])
+def test_a_run_that_went_on_meanwhile_is_not_set_back(gone, recipe, process, tmp_path, monkeypatch):
+    assert process(small_runs.train_and_die, recipe(), 150, False) == -signal.SIGKILL
+    run, open_base = RunFolder(tmp_path / "run"), beyondlora.train.load_base
+
+    def while_another_is_at_work(*args):
+        if gone:
+            shutil.rmtree(run.newest_checkpoint())
+        else:
+            run.metrics.write_text("{}")
+        return open_base(*args)
+
+    monkeypatch.setattr(beyondlora.train, "load_base", while_another_is_at_work)
+    events = run.metrics_log.read_bytes()
+    with pytest.raises(BlockingIOError, match="another process went on with this run"):
+        train(recipe(), resume=True)
+    assert run.metrics_log.read_bytes() == events
+
+
 def snapshot(folder):
-    """Every file under a folder, with its content."""
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """Every file under a folder, with its content, but what holds it."""
+    return {
+        path.relative_to(folder): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != LOCK
+    }
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@
     generations.jsonl  what the best one answered to the evaluation rows, where metrics or lm_eval_tasks ask
     curves.png         loss curves
     checkpoints/       what --resume starts from; gone once the run is finished
+    .lock              held while a process trains here
 
 Files are written as NAME.partial and renamed; so are folders, whose predecessor steps aside as NAME.old.
 """
@@ -28,6 +29,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 CONTENTS = (
     "recipe.yaml",
     "environment.json",
@@ -41,7 +44,7 @@ CONTENTS = (
     "checkpoints",
 )
 KEPT_CHECKPOINTS = 2  # the newest, and one to fall back on should it be damaged
-MANIFEST = "manifest.json"
+MANIFEST, LOCK = "manifest.json", ".lock"
 PACKAGES = ("beyondlora", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors")
 
 
@@ -93,7 +96,7 @@ class RunFolder:
             )
 
     def _strangers(self) -> list[str]:
-        ours = {name + suffix for name in CONTENTS for suffix in ("", ".partial", ".old")}
+        ours = {name + suffix for name in CONTENTS for suffix in ("", ".partial", ".old")} | {LOCK}
         return sorted(entry.name for entry in self.path.glob("*") if entry.name not in ours)
 
     def clear(self) -> None:
@@ -203,6 +206,27 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path, work: str) -> Iterator[None]:
+    """Hold a folder for a kind of work ("run", "comparison"); released with the process, however it ends.
+
+    Raises: BlockingIOError: another process holds it, or this one.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / LOCK, timeout=0):
+            try:
+                yield
+            finally:
+                with contextlib.suppress(OSError):  # Windows does not delete what is open
+                    (folder / LOCK).unlink()
+    except Timeout:
+        raise BlockingIOError(
+            f"{folder}: another {work} is at work in this folder. Wait for it or stop it (a job in the background may "
+            "not hear Ctrl-C), or choose another output_dir."
+        ) from None
 
 
 # --- looking ---------------------------------------------------------------------------------------------------------

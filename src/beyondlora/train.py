@@ -8,6 +8,7 @@ that is reported or chosen by comes from measure.py, not from the Trainer's aver
 
 import dataclasses
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from .measure import Measurements, as_dict
 from .progress import Progress
 from .recipe import Recipe
 from .recorder import Recorder
-from .run_folder import RunFolder, environment, write_json, write_text
+from .run_folder import RunFolder, alone_in, environment, write_json, write_text
 
 SAME_NAMES = (  # in a recipe as in TrainingArguments
     "learning_rate",
@@ -60,6 +61,7 @@ def train(
 
     Raises:
         ValueError, FileNotFoundError, FileExistsError: bad input.
+        BlockingIOError: another process trains in output_dir.
         FloatingPointError: the loss or its gradient became nan or infinite; the last finite weights are kept.
     """
     progress = progress or Progress()
@@ -93,12 +95,15 @@ def train(
     if checkpoint is not None:
         _check_same_data(splits, run)
         progress.say(f"Resuming from step {_step_of(checkpoint)}.")
-    if PartialState().is_main_process:
-        _open(run, recipe, splits, checkpoint)
-    PartialState().wait_for_everyone()
-    recorder = Recorder(run, recipe, splits, progress, _step_of(checkpoint), processor)
-    _fit(model, arguments, splits, recorder, checkpoint)
-    return _finish(model, recorder, examination)
+    with alone_in(run.path, "run") if PartialState().is_main_process else nullcontext():
+        if PartialState().is_main_process:
+            run.claim(resume=resume, overwrite=overwrite)  # again: all this took a while
+            _check_not_overtaken(run, checkpoint, resume=resume)
+            _open(run, recipe, splits, checkpoint)
+        PartialState().wait_for_everyone()
+        recorder = Recorder(run, recipe, splits, progress, _step_of(checkpoint), processor)
+        _fit(model, arguments, splits, recorder, checkpoint)
+        return _finish(model, recorder, examination)
 
 
 # --- before training -------------------------------------------------------------------------------------------------
@@ -145,6 +150,14 @@ def _check_same_data(splits: data.Splits, run: RunFolder) -> None:
         raise ValueError(
             f"--resume continues the run in {run.path} as it was begun, but the data have changed since "
             f"({run.environment} holds their old fingerprint). Start anew with --overwrite or another output_dir."
+        )
+
+
+def _check_not_overtaken(run: RunFolder, checkpoint: Path | None, *, resume: bool) -> None:
+    if resume and (run.metrics.exists() or (checkpoint is not None and not checkpoint.exists())):
+        raise BlockingIOError(
+            f"{run.path}: another process went on with this run while this one was getting ready. Nothing was touched; "
+            "give the command again."
         )
 
 

@@ -18,10 +18,11 @@ from beyondlora.compare import compare
 from beyondlora.compare import published as published_format
 from beyondlora.compare.grid import Grid
 from beyondlora.compare.held_out import check_apart, cut_off
-from beyondlora.compare.runs import HeldOut, alone_in, append_result, read_results, train_and_measure
+from beyondlora.compare.runs import HeldOut, append_result, read_results, train_and_measure
 from beyondlora.evaluate import evaluate
 from beyondlora.progress import Progress
 from beyondlora.recipe import Recipe
+from beyondlora.run_folder import alone_in
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 HUGE = 1e30  # a learning rate that ends in nan
@@ -239,8 +240,8 @@ def test_runs_of_other_data_are_not_joined(finished, house, tmp_path):
 
 def test_two_comparisons_are_not_at_work_in_one_folder(finished, house, tmp_path):
     folder = shutil.copytree(finished[0], tmp_path / "out")
-    holder = "import sys, time; from pathlib import Path; from beyondlora.compare.runs import alone_in\n"
-    holder += "with alone_in(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    holder = "import sys, time; from pathlib import Path; from beyondlora.run_folder import alone_in\n"
+    holder += "with alone_in(Path(sys.argv[1]), 'comparison'): print('held', flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", holder, folder], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
         before = (folder / "results.jsonl").read_bytes()
@@ -248,7 +249,7 @@ def test_two_comparisons_are_not_at_work_in_one_folder(finished, house, tmp_path
             compare(grid(house, folder))
         assert (folder / "results.jsonl").read_bytes() == before
         other.kill()
-    with alone_in(folder):  # what held it is dead, and the file it left is in nobody's way
+    with alone_in(folder, "comparison"):  # what held it is dead, and the file it left is in nobody's way
         pass
 
 

@@ -14,7 +14,7 @@ from ..attach import config_from
 from ..figures import Examination, check_extras
 from ..progress import Progress
 from ..recipe import Recipe
-from ..run_folder import write_json, write_text
+from ..run_folder import alone_in, write_json, write_text
 from . import pictures, published
 from .arms import Outcome, as_mapping, outcome_of
 from .grid import Grid
@@ -25,7 +25,6 @@ from .runs import (
     FINISHED,
     HeldOut,
     Line,
-    alone_in,
     check_planned,
     check_same,
     expected,
@@ -67,7 +66,7 @@ def compare(
     check_extras(grid.runs[0].recipe)
     for runs in grid.arms.values():
         config_from(runs[0].recipe)  # an unknown method or key
-    with alone_in(grid.output):
+    with alone_in(grid.output, "comparison"):
         grid, test, shared = _settled(grid, progress)
         others = _joined(joined, shared)
         lines = _lines(grid, test, shared, jobs, yes, progress)

@@ -6,7 +6,6 @@ one table. The last line of a run counts; a line cut short by a kill does not.
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import math
@@ -33,7 +32,7 @@ from ..train import train
 from ..workers import WorkerDiedError, side_by_side
 from .grid import Run
 
-RESULTS, LOCK = "results.jsonl", ".lock"
+RESULTS = "results.jsonl"
 COMPARABLE = ("task", "base_sha256", "data_sha256", "test_sha256", "metric_version", "harness_version")
 FINISHED, DIVERGED, FAILED = "finished", "diverged", "failed"
 PROBE_STEPS = 4
@@ -70,24 +69,6 @@ def read_results(folder: Path) -> dict[str, Line]:
                     f"{path}, line {number} is damaged; delete the line, and its run is repeated"
                 ) from None
     return lines
-
-
-@contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Keep other comparisons out of a folder: two would train in the same run folders. Gone with the process.
-
-    Raises: BlockingIOError.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BlockingIOError(
-                f"{folder}: another comparison is at work in this folder. Wait for it or stop it (a job in the "
-                "background may not hear Ctrl-C), or choose another output_dir."
-            ) from None
-        yield
 
 
 def append_result(folder: Path, line: Line) -> None:
