@@ -12,7 +12,7 @@ import reference
 import torch
 from scipy import stats
 
-from beyondlora.adapters import AuroraAdapter, StaticAuroraAdapter
+from beyondlora.adapters import AuroraAdapter, StaticAuroraAdapter, cubic
 from beyondlora.adapters.aurora import MODES, AdaptiveNonlinearLayer
 
 both_modes = pytest.mark.parametrize("make", [AuroraAdapter, StaticAuroraAdapter])
@@ -165,3 +165,18 @@ def test_a_nan_has_no_cell_and_stays_a_nan(spline):
     z_TR[1, 2] = float("nan")
     assert torch.equal(layer.closed_form(z_TR).isnan(), layer.by_definition(z_TR).isnan())
     assert layer.closed_form(z_TR).isnan().any(1).tolist() == [False, True, False, False]
+
+
+@pytest.mark.parametrize("spline", ["pooled", "per_dim"])
+@pytest.mark.parametrize("tokens", [0, 5, 8, 11])
+def test_going_through_the_rows_in_pieces_is_the_definition_too(tokens, spline, monkeypatch):
+    monkeypatch.setattr(cubic, "PIECE", 13)  # four rows of three
+    layer = AdaptiveNonlinearLayer(3, spline=spline, dtype=torch.float64)
+    layer.reset_parameters()
+    z_TR = torch.randn(tokens, 3, dtype=torch.float64, requires_grad=True)
+    g_TR, of = torch.randn(tokens, 3, dtype=torch.float64), [z_TR, *layer.parameters()]
+    for run in (layer.closed_form, layer.by_definition):
+        assert run(z_TR).shape == (tokens, 3)
+    torch.testing.assert_close(layer.closed_form(z_TR), layer.by_definition(z_TR), rtol=1e-12, atol=1e-12)
+    ours, theirs = (torch.autograd.grad(run(z_TR), of, g_TR) for run in (layer.closed_form, layer.by_definition))
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
