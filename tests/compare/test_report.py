@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from beyondlora.compare import pictures
+from beyondlora.compare import pictures, report
 from beyondlora.compare.arms import as_mapping, outcome_of
 from beyondlora.compare.grid import Grid
 from beyondlora.compare.report import page
@@ -178,11 +178,31 @@ def test_a_row_says_what_its_runs_came_to():
     assert "Not the last word: the search ended at its edge for best." in sentence
     (calm,) = verdicts(graded({"base": MIDDLE, "best": MIDDLE}))
     assert "Not the last word" not in calm
-    searched = [line for line in markdown(found, command="c").splitlines() if "(chosen)" in line]
-    assert [line.split("|")[2].strip() for line in searched] == [
-        "learning_rate 0.1 (chosen)",
-        "learning_rate 0.01 (chosen)",
+
+
+def test_the_search_is_a_table_with_a_column_a_setting(outcome):
+    found = markdown(graded({"base": MIDDLE, "best": EDGE}), command="c").split("\n\n")[-1].splitlines()
+    assert found == [
+        "| arm | learning_rate 0.001 | learning_rate 0.01 | learning_rate 0.1 |",
+        "| --- | ---: | ---: | ---: |",
+        f"| best | {EDGE[1e-3]:.4f} | {EDGE[1e-2]:.4f} | **{EDGE[1e-1]:.4f}** |",
+        f"| base | {MIDDLE[1e-3]:.4f} | **{MIDDLE[1e-2]:.4f}** | {MIDDLE[1e-1]:.4f} |",
     ]
+    (lost,) = (line for line in markdown(outcome, command="c").splitlines() if "diverged)" in line)
+    assert lost.startswith("| <b>bold</b> & Co | – (1 of 2 diverged) | **")
+
+
+def test_many_cards_without_a_difference_are_folded_away(monkeypatch):
+    found = graded({"base": MIDDLE, "one": EDGE, "two": EDGE})
+    comparisons = found.comparisons | {"two": dataclasses.replace(found.comparisons["two"], verdict="better")}
+    found = dataclasses.replace(found, comparisons=comparisons)
+    whole = page(found, {}, command="c", machine=[])
+    assert "Within noise: " not in whole
+    monkeypatch.setattr(report, "MAX_CARDS", 1)
+    shown, folded = page(found, {}, command="c", machine=[]).split("<summary>Within noise: 1 of 2</summary>")
+    assert "two is better" in shown
+    assert "one is within noise" not in shown
+    assert "one is within noise" in folded.split("</details>")[0]
 
 
 def test_a_pair_is_answered_apart_from_the_table():
@@ -199,7 +219,9 @@ def test_a_pair_is_answered_apart_from_the_table():
     for text in (written, shown):
         assert sentence in text
         assert "for all 1 together, apart from the table" in text
-    assert re.search(r"^\| best \| other \| \+0.0400 \| -.* to \+.* \| within noise \|$", written, re.MULTILINE)
+    assert re.search(
+        r"^\| best \| other \| \+0.0400 \| -.* to \+.* \| 0\.\d+ \| 0\.\d{4} \| within noise \|$", written, re.MULTILINE
+    )
     (mapping,) = as_mapping(found)["pairs"]
     assert (mapping["arm"], mapping["against"], mapping["verdict"]) == ("best", "other", "within noise")
     plain = graded({"base": MIDDLE, "best": EDGE})
@@ -244,7 +266,7 @@ def test_every_figure_of_the_table_stands_on_the_page_and_in_the_markdown(outcom
         for figure in (f"{arm.figures.mean():.3f}", f"{arm.lines[0]['trainable_parameters']:,}"):
             assert figure in shown
             assert figure in text
-    assert text.count("\n| ") >= 1 + 1 + 3 + 6
+    assert text.count("\n| ") == 2 * (2 + 3)  # arms, and the search
 
 
 def test_the_page_is_one_file_that_asks_for_nothing_and_escapes_what_it_is_given(shown):

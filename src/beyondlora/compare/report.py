@@ -11,6 +11,7 @@ from .arms import Outcome
 from .statistics import Comparison
 from .words import caption, cells, headings, pair_caption, pair_verdicts, verdicts
 
+MAX_CARDS = 10  # comparisons that are all shown at length
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2128; --soft: #5b6570; --page: #fbfbfa; --card: #fff; --line: #e3e5e8;
   --better: #17794f; --worse: #b3372f; --noise: #5b6570; --tint: 10%; }
@@ -105,10 +106,19 @@ def _badge(verdict: str) -> str:
 
 
 def _verdicts(found: Iterable[Comparison], sentences: Sequence[str]) -> str:
+    """A card a comparison; of many, those without a difference are folded away."""
     cards = [
-        f"<li>{_badge(comparison.verdict)}<br>{_text(sentence)}</li>"
+        (comparison.verdict, f"<li>{_badge(comparison.verdict)}<br>{_text(sentence)}</li>")
         for comparison, sentence in zip(found, sentences, strict=True)
     ]
+    folded = [card for verdict, card in cards if verdict == "within noise"] if len(cards) > MAX_CARDS else []
+    shown = _cards(card for _, card in cards if card not in folded)
+    if not folded:
+        return shown
+    return f"{shown}<details><summary>Within noise: {len(folded)} of {len(cards)}</summary>{_cards(folded)}</details>"
+
+
+def _cards(cards: Iterable[str]) -> str:
     return f'<ul class="verdicts">{"".join(cards)}</ul>'
 
 

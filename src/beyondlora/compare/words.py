@@ -1,11 +1,13 @@
 """A comparison in words: sentences, the terminal's table, Markdown."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 from rich.table import Table
 
-from .arms import Arm, Outcome
+from .arms import Arm, Outcome, Setting
+from .runs import FINISHED
 from .statistics import POWER, Comparison
 
 HEADINGS = (
@@ -136,10 +138,15 @@ def pair_caption(outcome: Outcome) -> str:
 
 def _pair_rows(outcome: Outcome) -> list[str]:
     decimals = outcome.metric.decimals
-    rows = ["| arm | against | difference | interval | verdict |", "| --- | --- | ---: | ---: | --- |"]
+    rows = [
+        "| arm | against | difference | interval | p | could have seen | verdict |",
+        "| --- | --- | ---: | ---: | ---: | ---: | --- |",
+    ]
     for (one, two), found in outcome.pairs.items():
-        difference, interval = _interval(found, decimals)
-        rows.append(f"| {one} | {two} | {difference} | {interval} | {found.verdict} |")
+        p = "" if found.p_corrected is None else _p(found.p_corrected)
+        seen = "" if found.detectable is None else f"{found.detectable:.{decimals}f}"
+        row = [one, two, *_interval(found, decimals), p, seen, found.verdict]
+        rows.append(f"| {' | '.join(row)} |")
     return rows
 
 
@@ -164,21 +171,31 @@ def markdown(outcome: Outcome, *, command: str, machine: Sequence[str] = ()) -> 
     if outcome.pairs:
         parts += [pair_caption(outcome), "\n".join(_pair_rows(outcome))]
         parts.append("\n".join(f"- {sentence}" for sentence in pair_verdicts(outcome)))
-    parts.append("\n".join(_search(outcome)))
+    found = f"{outcome.metric.name.capitalize()} on the validation rows, means over seeds; bold: what was chosen."
+    parts += [found, "\n".join(_search(outcome))]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _search(outcome: Outcome) -> list[str]:
-    """The search itself: every setting's figure on the validation rows."""
-    rows = [f"| arm | setting | validation {outcome.metric.name} | runs |", "| --- | --- | ---: | --- |"]
+    """The search itself: every setting's figure on the validation rows, a column a setting."""
+    told = {}
     for arm in outcome.arms:
         for setting in arm.settings:
-            told = ", ".join(
-                f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
-                for key, value in setting.searched.items()
-            )
-            figure = NO_NUMBER if setting.validation is None else f"{setting.validation:.{outcome.metric.decimals}f}"
-            chosen = " (chosen)" if setting is arm.chosen else ""
-            states = ", ".join(f"seed {line['seed']} {line['status']}" for line in setting.lines)
-            rows.append(f"| {arm.name} | {told}{chosen} | {figure} | {states} |")
+            told[arm.name, _setting(setting)] = _searched(setting, arm, outcome.metric.decimals)
+    columns = list(dict.fromkeys(column for _, column in told))
+    rows = [f"| {' | '.join(['arm', *columns])} |", f"| --- |{' ---: |' * len(columns)}"]
+    for arm in outcome.arms:
+        rows.append(f"| {' | '.join([arm.name, *(told.get((arm.name, column), '') for column in columns)])} |")
     return rows
+
+
+def _setting(setting: Setting) -> str:
+    return ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in setting.searched.items())
+
+
+def _searched(setting: Setting, arm: Arm, decimals: int) -> str:
+    """A figure, bold if it was chosen, and the runs that did not finish."""
+    states = Counter(line["status"] for line in setting.lines if line["status"] != FINISHED)
+    figure = NO_NUMBER if setting.validation is None else f"{setting.validation:.{decimals}f}"
+    lost = ", ".join(f"{count} of {len(setting.lines)} {state}" for state, count in states.items())
+    return (f"**{figure}**" if setting is arm.chosen else figure) + (f" ({lost})" if lost else "")
