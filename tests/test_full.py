@@ -52,6 +52,20 @@ def test_every_weight_is_trained_and_measured_as_it_was_kept(run, house):
     assert evaluate(folder / "last")["metrics"]["loss"]["value"] >= summary["metrics"]["loss"]["value"]
 
 
+def test_the_best_is_kept_and_measured_not_the_last(house, tmp_path):
+    foreign = tmp_path / "digits.txt"  # what training on words makes ever less likely
+    foreign.write_text("".join(f"{number * 7919}\n" for number in range(60)))
+    made = small_runs.recipe(house, **FULL, output_dir=str(tmp_path / "run"), eval_dataset_name=str(foreign))
+    summary = train(made)
+    losses = {row["step"]: row["eval_loss"] for row in RunFolder(tmp_path / "run").rows() if "eval_loss" in row}
+    assert summary["best_step"] == 4 < max(losses) == summary["steps"]
+    assert losses[4] < losses[8] < losses[12]
+    assert summary["metrics"]["loss"]["value"] == pytest.approx(losses[4], rel=1e-6)
+    for kept, step in (("adapter", 4), ("last", 12)):
+        found = evaluate(tmp_path / "run" / kept)["metrics"]["loss"]["value"]
+        assert found == pytest.approx(losses[step], rel=1e-6)
+
+
 def test_it_learns_more_than_nothing(run, house, tmp_path):
     still = small_runs.recipe(house, **FULL, output_dir=str(tmp_path / "still"), learning_rate=1e-12, max_steps=1)
     untrained = train(still)["metrics"]["loss"]["value"]
