@@ -216,6 +216,22 @@ def test_dead_units():
     assert layers[0].dead_units == 0
 
 
+@pytest.mark.parametrize(("share", "dead"), [(0.9e-3, 0.25), (1.1e-3, 0)])
+def test_a_unit_is_dead_beside_the_strongest_one(share, dead):
+    model, seen = lora(), []
+    down, up = (model.get_submodule(PATH).get_submodule(part)["default"] for part in ("lora_A", "lora_B"))
+    handle = down.register_forward_hook(lambda module, args, output: seen.append(output.flatten(0, -2)))
+    with torch.no_grad():
+        for batch in batches():
+            model(**batch)
+        handle.remove()
+        h_TR = torch.cat(seen)
+        parts_R = (h_TR - h_TR.mean(0)).norm(dim=0) * up.weight.norm(dim=0)
+        weakest = parts_R.argmin()
+        up.weight[:, weakest] *= share * parts_R.max() / parts_R[weakest]
+    assert of(profile(model, batches())).dead_units == dead
+
+
 def test_saturated_units_are_where_the_activation_is_flat():
     model = trained(beyondlora.CeraConfig(r=4, cera_activation="relu", target_modules="all-linear"))
     layer, seen = model.get_submodule(PATH), []
@@ -247,6 +263,7 @@ def test_splines_say_where_their_inputs_fall_and_what_they_learned(options):
     edges = np.r_[-np.inf, np.linspace(-0.5, 1.0, 6), np.inf]
     counts, _ = np.histogram(torch.cat(seen).numpy(), edges)
     np.testing.assert_allclose(found.occupancy, counts / counts.sum(), atol=1e-12)
+    assert (found.z[0], found.z[-1]) == pytest.approx((-0.5 - 3 * 0.3, 1.0 + 3 * 0.3))  # as far as the basis reaches
     # The curve of one component: the spline's own output with only that component inside the grid's reach.
     for place in (10, 50, 77):
         z = torch.full((3, 3), 1e3).fill_diagonal_(found.z[place])
@@ -307,6 +324,9 @@ def test_layers_that_saw_no_token():
     first, second = profile(model, batches())
     assert (first.tokens, second.tokens) == (72, 0)
     assert second.effective_rank is None
+    asked = iter(batches())
+    assert profile(model, asked, max_tokens=30)[0].tokens == 30
+    assert next(asked, None) is not None  # nobody waits for a layer that sees nothing
 
 
 def test_outputs_too_wide_to_be_followed_whole_are_refused_before_anything_runs(monkeypatch):

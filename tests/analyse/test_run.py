@@ -1,6 +1,7 @@
 """From adapter folders to tables, files and pictures; and the refusals that come before anything long."""
 
 import csv
+import itertools
 import json
 import shutil
 
@@ -47,6 +48,20 @@ def test_the_result_is_that_of_each_adapter_by_itself(runs, house, result):
     assert alone["mean"] == together["mean"]
     assert alone["layers"] == together["layers"]
     assert alone["mean"]["tokens"] == 500
+
+
+def test_every_adapter_is_compared_with_every_other(result):
+    pairs = {(pair["a"], pair["b"]) for pair in result["subspaces"]}
+    assert pairs == set(itertools.combinations(small_runs.ADAPTERS, 2))
+
+
+def test_adapters_are_called_by_what_tells_their_paths_apart(runs, house, tmp_path):
+    for name in ("one", "two"):
+        shutil.copytree(runs / "lora" / "adapter", tmp_path / name / "same" / "adapter")
+    both = [tmp_path / name / "same" / "adapter" for name in ("one", "two")]
+    recipe = small_runs.recipe(house)
+    found = analyse(both, data=str(house / "text.txt"), recipe=recipe, max_tokens=50)
+    assert [a["label"] for a in found["adapters"]] == ["one/same/adapter", "two/same/adapter"]
 
 
 def test_means_are_means_over_layers(result):

@@ -140,7 +140,7 @@ def _profile(label: str, opened: Opened, rows: Any, max_tokens: int, progress: P
             model,
             _batches(rows, opened.recipe.per_device_eval_batch_size),
             max_tokens=max_tokens,
-            on_tokens=lambda done, _: progress.advance(min(done, max_tokens)),
+            on_tokens=lambda done, _: progress.advance(done),
         )
     except ValueError as error:
         raise ValueError(f"{opened.folder}: {error}") from error
