@@ -241,7 +241,8 @@ def test_an_arm_without_a_result_has_a_row_that_says_so():
 def test_one_seed_gives_no_verdict_and_says_so():
     found = graded({"base": MIDDLE, "best": EDGE}, seeds=[0])
     assert any("One seed" in note for note in found.notes)
-    assert not any("One seed" in note for note in graded({"base": MIDDLE}).notes)
+    two, three = graded({"base": MIDDLE}), graded({"base": MIDDLE}, seeds=(0, 1, 2))
+    assert [[note[:9] for note in grid.notes if " seed" in note] for grid in (two, three)] == [["Two seeds"], []]
     (sentence,) = verdicts(found)
     assert sentence.startswith("best cannot be told from base with one seed: +0.0400 accuracy on 100 rows")
 
