@@ -107,7 +107,7 @@ def test_a_setting_with_a_diverged_run_is_not_chosen(outcome):
 # From lines to a table: what is chosen, and what a row says ----------------------------------------------------------
 
 
-def graded(accuracies, rates=(1e-3, 1e-2, 1e-1), seeds=(0, 1), order=1, pairs=(), failed=()):
+def graded(accuracies, rates=(1e-3, 1e-2, 1e-1), seeds=(0, 1), order=1, pairs=(), failed=(), stderr=None):
     """A made-up grid: method -> {rate: accuracy on validation}; on test it is (seed + 1) / 10, best's more."""
     mapping = {
         "task": "sequence-classification",
@@ -131,7 +131,9 @@ def graded(accuracies, rates=(1e-3, 1e-2, 1e-1), seeds=(0, 1), order=1, pairs=()
             | {
                 "status": "failed" if run.method in failed else "finished",
                 "error": "",
-                "validation": {"accuracy": {"value": accuracies[run.method][run.recipe.learning_rate]}},
+                "validation": {
+                    "accuracy": {"value": accuracies[run.method][run.recipe.learning_rate], "stderr": stderr}
+                },
                 "test": {"accuracy": {"value": sum(correct) / 100}},
                 "items": {"correct": correct},
                 "trainable_parameters": 1234,
@@ -178,6 +180,18 @@ def test_a_row_says_what_its_runs_came_to():
     assert "Not the last word: the search ended at its edge for best." in sentence
     (calm,) = verdicts(graded({"base": MIDDLE, "best": MIDDLE}))
     assert "Not the last word" not in calm
+
+
+def test_a_choice_that_other_validation_rows_might_not_make_is_said():
+    def told(stderr):
+        notes = graded({"base": MIDDLE, "best": EDGE}, stderr=stderr).notes
+        return [note for note in notes if note.startswith("Chosen by less")]
+
+    (note,) = told(0.11)  # base: 0.6 against 0.5; best: 0.8 against 0.6
+    assert ": base (0.6000 and 0.5000, ± 0.1100). Other rows" in note
+    (both,) = told(0.21)
+    assert "best (0.8000 and 0.6000, ± 0.2100); base" in both
+    assert told(0.09) == told(None) == []
 
 
 def test_the_search_is_a_table_with_a_column_a_setting(outcome):

@@ -118,6 +118,19 @@ def _arm(name: str, lines: Sequence[Line], metric: Metric) -> Arm:
     )
 
 
+def _close_choice(arm: Arm, metric: Metric) -> str:
+    """How the chosen setting of an arm and the next best lie within the error of the validation rows; "" = apart."""
+    others = [s.validation for s in arm.settings if s is not arm.chosen and s.validation is not None]
+    errors = [line["validation"][metric.name].get("stderr") for line in arm.lines]  # of one and the same rows
+    if arm.chosen is None or arm.chosen.validation is None or not others or None in errors:
+        return ""
+    best, error = arm.chosen.validation, float(np.mean(errors))
+    second = min(others, key=lambda value: abs(value - best))
+    if abs(second - best) >= error:
+        return ""
+    return f"{arm.name} ({best:.{metric.decimals}f} and {second:.{metric.decimals}f}, ± {error:.{metric.decimals}f})"
+
+
 def _setting(lines: Sequence[Line], metric: Metric) -> Setting:
     lines = sorted(lines, key=lambda line: line["seed"])
     values = [line["validation"][metric.name]["value"] for line in lines if line["status"] == FINISHED]
@@ -139,6 +152,12 @@ def _notes(grid: Grid, arms: Sequence[Arm], baseline: Arm | None) -> list[str]:
         notes.append(
             f"The best learning rate of {', '.join(edges)} is the smallest or largest that was tried (marked *): "
             "another might do better."
+        )
+    close = [told for arm in arms if (told := _close_choice(arm, grid.metric))]
+    if close:
+        notes.append(
+            f"Chosen by less than a standard error of the validation rows: {'; '.join(close)}. Other rows might have "
+            "chosen otherwise, and no verdict counts that: compare on more validation rows where it matters."
         )
     for status, what in ((DIVERGED, "diverged"), (FAILED, "failed")):
         counts = {arm.name: arm.count(status) for arm in arms if arm.count(status)}
