@@ -262,8 +262,9 @@ def test_one_seed_gives_no_verdict_and_says_so():
 
 
 def test_a_p_value_is_never_said_more_exactly_than_it_is_known(outcome):
-    small = dataclasses.replace(outcome.comparisons["<b>bold</b> & Co"], p_corrected=1e-9)
-    assert "p = under 0.001" in verdicts(dataclasses.replace(outcome, comparisons={"LoRA r=2": small}))[0]
+    for p, said in ((1e-9, "under 0.001"), (0.00099, "under 0.001"), (0.00123, "0.0012"), (0.456, "0.46")):
+        found = dataclasses.replace(outcome.comparisons["<b>bold</b> & Co"], p_corrected=p)
+        assert f"p = {said}, for" in verdicts(dataclasses.replace(outcome, comparisons={"a": found, "b": found}))[0]
 
 
 def test_what_is_better_and_what_went_wrong_is_shown_as_that(shown):
@@ -312,6 +313,7 @@ def test_pictures_are_xml_of_their_own_that_takes_the_page_s_colour(drawn, tmp_p
         assert root.tagName == "svg"
         assert root.hasAttribute("viewBox")
         assert not root.hasAttribute("width")
+        assert "prefers-color-scheme:dark" in root.toxml()  # by itself it is dark where the reader is
     points = drawn["parameters"][1]
     assert "trainable parameters" in points
 
@@ -335,6 +337,11 @@ def test_points_stand_at_the_mean_over_seeds(outcome):
     points = sorted(place for bars in figure.axes[0].containers for place in zip(*bars[0].get_data(), strict=True))
     expected = sorted((arm.mean_of("peak_memory_bytes") / 2**20, arm.figures.mean()) for arm in outcome.arms)
     assert points == [pytest.approx(place) for place in expected]
+    for bars in figure.axes[0].containers:
+        (lines,) = bars[2]
+        for (_, low), (_, high) in lines.get_segments():
+            deviations = [arm.figures.std(ddof=1) for arm in outcome.arms]
+            assert min(abs(high - low - 2 * deviation) for deviation in deviations) == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize("good", [True, False])
@@ -354,7 +361,7 @@ def test_what_would_squash_all_others_is_left_off_the_scale_and_said(outcome, go
     assert [text.get_text() for text in figure.axes[0].texts] == ["base: -8.85"]
     assert figure.axes[0].get_ylim()[0] > -1
     # What is within noise stays, and so does everything where nothing is known of the noise.
-    for shift, seeds, texts in ((0.05, (0, 1), 0), (9, (0, 1), 1), (9, (0,), 0)):
+    for shift, seeds, texts in ((0.05, (0, 1), 0), (0.34, (0, 1), 0), (0.37, (0, 1), 1), (9, (0,), 0)):  # 5 deviations
         even = graded({"base": MIDDLE, "one": EDGE, "two": EDGE, "three": EDGE, "four": EDGE}, seeds=seeds)
         arms = [dataclasses.replace(arm, figures=arm.figures - shift * (arm.name == "base")) for arm in even.arms]
         _, figure = pictures._parameters(dataclasses.replace(even, arms=arms), pictures._colors(even))
