@@ -11,7 +11,7 @@ from .arms import Outcome
 from .statistics import Comparison
 from .words import caption, cells, headings, pair_caption, pair_verdicts, verdicts
 
-MAX_CARDS = 10  # comparisons that are all shown at length
+MAX_CARDS = 6  # comparisons that are all shown at length
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2128; --soft: #5b6570; --page: #fbfbfa; --card: #fff; --line: #e3e5e8;
   --better: #17794f; --worse: #b3372f; --noise: #5b6570; --tint: 10%; }
@@ -19,7 +19,7 @@ STYLE = """
   --line: #30363d; --better: #55c795; --worse: #f2867c; --noise: #9aa4af; --tint: 16%; } }
 * { box-sizing: border-box }
 body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.55 system-ui, sans-serif }
-main { max-width: 68rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem }
+main { max-width: 74rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem }
 h1 { font-size: clamp(1.6rem, 4vw, 2.3rem); line-height: 1.2; margin: 0 0 .4rem; letter-spacing: -.015em }
 h2 { font-size: 1.15rem; margin: 2.6rem 0 .8rem }
 p { margin: .4rem 0 } .soft { color: var(--soft); max-width: 48rem }
@@ -33,9 +33,10 @@ p { margin: .4rem 0 } .soft { color: var(--soft); max-width: 48rem }
 .verdicts .badge { margin-bottom: .35rem }
 .table { overflow-x: auto }
 table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums }
-th, td { padding: .55rem .8rem; text-align: right; white-space: nowrap }
+th, td { padding: .55rem .6rem; text-align: right; white-space: nowrap }
 th { color: var(--soft); font-weight: 500; font-size: .82rem } tbody tr { border-top: 1px solid var(--line) }
-th:first-child, td:first-child { text-align: left } td:first-child { font-weight: 600 }
+th:first-child, td:first-child { text-align: left }
+td:first-child { font-weight: 600; white-space: normal; overflow-wrap: anywhere; min-width: 8rem }
 .pictures { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 25rem), 1fr)) }
 figure { margin: 0; padding: .9rem .9rem .7rem } figure svg { display: block; width: 100%; height: auto }
 .pictures figure:first-child { grid-column: 1 / -1 }
