@@ -18,8 +18,6 @@ import numpy as np
 from beyondlora.compare.statistics import compare_with
 
 ROWS, NULL_GRIDS, REAL_GRIDS, EFFECT = 100, 400, 200, 0.5
-
-
 Spreads = Callable[[np.random.Generator, int], np.ndarray]  # the seed spread of each of so many methods
 
 

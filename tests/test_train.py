@@ -19,7 +19,7 @@ from beyondlora.attach import attach, config_from
 from beyondlora.evaluate import evaluate
 from beyondlora.progress import Progress
 from beyondlora.recipe import Recipe
-from beyondlora.run_folder import CONTENTS, LOCK, RunFolder, alone_in
+from beyondlora.run_folder import CONTENTS, RunFolder, alone_in
 from beyondlora.train import train
 
 ACCUMULATED = {  # 5 batches an epoch, so 3 steps, the last one shorter; 4 epochs
@@ -298,10 +298,11 @@ def test_resuming_with_other_data_is_refused(recipe, house, process, tmp_path):
 @pytest.mark.parametrize("flags", [{"resume": True}, {"overwrite": True}], ids=str)
 def test_a_run_that_is_still_at_work_is_neither_resumed_nor_deleted(flags, recipe, process, tmp_path):
     assert process(small_runs.train_and_die, recipe(), 150, False) == -signal.SIGKILL
-    before = snapshot(tmp_path / "run")
-    with alone_in(tmp_path / "run", "run"), pytest.raises(BlockingIOError, match="another run is at work"):
-        train(recipe(), **flags)
-    assert snapshot(tmp_path / "run") == before
+    with alone_in(tmp_path / "run", "run"):
+        before = snapshot(tmp_path / "run")
+        with pytest.raises(BlockingIOError, match="another run is at work"):
+            train(recipe(), **flags)
+        assert snapshot(tmp_path / "run") == before
     assert train(recipe(), **flags)["steps"] == 12  # what was killed holds nothing
 
 
@@ -325,12 +326,8 @@ def test_a_run_that_went_on_meanwhile_is_not_set_back(gone, recipe, process, tmp
 
 
 def snapshot(folder):
-    """Every file under a folder, with its content, but what holds it."""
-    return {
-        path.relative_to(folder): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file() and path.name != LOCK
-    }
+    """Every file under a folder, with its content."""
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.slow

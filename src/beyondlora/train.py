@@ -94,13 +94,14 @@ def train(
 
     if checkpoint is not None:
         _check_same_data(splits, run)
-        progress.say(f"Resuming from step {_step_of(checkpoint)}.")
     with alone_in(run.path, "run") if PartialState().is_main_process else nullcontext():
         if PartialState().is_main_process:
             run.claim(resume=resume, overwrite=overwrite)  # again: all this took a while
             _check_not_overtaken(run, checkpoint, resume=resume)
             _open(run, recipe, splits, checkpoint)
         PartialState().wait_for_everyone()
+        if checkpoint is not None:
+            progress.say(f"Resuming from step {_step_of(checkpoint)}.")
         recorder = Recorder(run, recipe, splits, progress, _step_of(checkpoint), processor)
         _fit(model, arguments, splits, recorder, checkpoint)
         return _finish(model, recorder, examination)

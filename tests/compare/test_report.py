@@ -361,7 +361,7 @@ def test_what_would_squash_all_others_is_left_off_the_scale_and_said(outcome, go
     assert [text.get_text() for text in figure.axes[0].texts] == ["base: -8.85"]
     assert figure.axes[0].get_ylim()[0] > -1
     # What is within noise stays, and so does everything where nothing is known of the noise.
-    for shift, seeds, texts in ((0.05, (0, 1), 0), (0.34, (0, 1), 0), (0.37, (0, 1), 1), (9, (0,), 0)):  # 5 deviations
+    for shift, seeds, texts in ((0.05, (0, 1), 0), (0.34, (0, 1), 0), (0.37, (0, 1), 1), (9, (0, 1), 1), (9, (0,), 0)):
         even = graded({"base": MIDDLE, "one": EDGE, "two": EDGE, "three": EDGE, "four": EDGE}, seeds=seeds)
         arms = [dataclasses.replace(arm, figures=arm.figures - shift * (arm.name == "base")) for arm in even.arms]
         _, figure = pictures._parameters(dataclasses.replace(even, arms=arms), pictures._colors(even))

@@ -178,7 +178,7 @@ def _notes(grid: Grid, arms: Sequence[Arm], baseline: Arm | None) -> list[str]:
     if seeds == 2:
         notes.append(
             "Two seeds: where the baseline's results spread several times as wide as the others', a verdict is wrong "
-            "more often than in 5 of 100 grids (8 of 100 simulated ones); a third seed mends it."
+            "more often than in 5 of 100 grids (8 to 10 of 100 simulated ones); a third seed mends it."
         )
     return notes
 

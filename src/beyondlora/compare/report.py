@@ -108,19 +108,16 @@ def _badge(verdict: str) -> str:
 
 def _verdicts(found: Iterable[Comparison], sentences: Sequence[str]) -> str:
     """A card a comparison; of many, those without a difference are folded away."""
-    cards = [
-        (comparison.verdict, f"<li>{_badge(comparison.verdict)}<br>{_text(sentence)}</li>")
-        for comparison, sentence in zip(found, sentences, strict=True)
-    ]
-    folded = [card for verdict, card in cards if verdict == "within noise"] if len(cards) > MAX_CARDS else []
-    shown = _cards(card for _, card in cards if card not in folded)
-    if not folded:
-        return shown
-    return f"{shown}<details><summary>Within noise: {len(folded)} of {len(cards)}</summary>{_cards(folded)}</details>"
+    shown, folded = list[str](), list[str]()
+    for comparison, sentence in zip(found, sentences, strict=True):
+        fold = len(sentences) > MAX_CARDS and comparison.verdict == "within noise"
+        (folded if fold else shown).append(f"<li>{_badge(comparison.verdict)}<br>{_text(sentence)}</li>")
+    summary = f"<summary>Within noise: {len(folded)} of {len(sentences)}</summary>"
+    return _cards(shown) + (f"<details>{summary}{_cards(folded)}</details>" if folded else "")
 
 
-def _cards(cards: Iterable[str]) -> str:
-    return f'<ul class="verdicts">{"".join(cards)}</ul>'
+def _cards(cards: Sequence[str]) -> str:
+    return f'<ul class="verdicts">{"".join(cards)}</ul>' if cards else ""
 
 
 def _pairs(outcome: Outcome) -> str:

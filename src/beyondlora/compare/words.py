@@ -178,14 +178,11 @@ def markdown(outcome: Outcome, *, command: str, machine: Sequence[str] = ()) -> 
 
 def _search(outcome: Outcome) -> list[str]:
     """The search itself: every setting's figure on the validation rows, a column a setting."""
-    told = {}
-    for arm in outcome.arms:
-        for setting in arm.settings:
-            told[arm.name, _setting(setting)] = _searched(setting, arm, outcome.metric.decimals)
-    columns = list(dict.fromkeys(column for _, column in told))
+    columns = list(dict.fromkeys(_setting(setting) for arm in outcome.arms for setting in arm.settings))
     rows = [f"| {' | '.join(['arm', *columns])} |", f"| --- |{' ---: |' * len(columns)}"]
     for arm in outcome.arms:
-        rows.append(f"| {' | '.join([arm.name, *(told.get((arm.name, column), '') for column in columns)])} |")
+        told = {_setting(setting): _searched(setting, arm, outcome.metric.decimals) for setting in arm.settings}
+        rows.append(f"| {' | '.join([arm.name, *(told.get(column, '') for column in columns)])} |")
     return rows
 
 
