@@ -70,6 +70,21 @@ def test_a_difference_is_found_as_often_as_the_smallest_detectable_one_promises(
     assert found / grids > 0.8
 
 
+def test_all_intervals_hold_together_and_agree_with_the_verdicts():
+    draw, effects, held, grids = np.random.default_rng(4), (0.0, 0.45, 1.5), 0, 200
+    ended = 0
+    for _ in range(grids):
+        grid = simulated(draw, arms=4, seed_spread=0.05)
+        others = {str(effect): {"x": arm["x"] + effect} for arm, effect in zip(grid[1:], effects, strict=True)}
+        found = compare_with(grid[0], others, mean, higher_is_better=True, resamples=100)
+        held += all(comparison.low <= float(effect) <= comparison.high for effect, comparison in found.items())
+        for comparison in found.values():
+            assert (comparison.low < 0 < comparison.high) == (comparison.verdict == "within noise")
+            ended += 0 in (comparison.low, comparison.high)
+    assert held / grids >= 0.95
+    assert ended > 5  # Holm's later steps were at work
+
+
 def test_better_means_what_the_metric_means():
     grid = simulated(np.random.default_rng(0), arms=2, seed_spread=0, effect=2.0)
     assert verdicts(grid, higher_is_better=True) == {"1": "better"}
@@ -111,6 +126,19 @@ def test_intervals_of_several_methods_are_as_wide_as_bonferroni_asks():
     width = stats.t.isf(0.05 / 4, 9) * pooled * np.sqrt(2 / 4)
     assert (found.low, found.high) == pytest.approx((found.difference - width, found.difference + width), rel=1e-6)
     assert found.p_corrected == pytest.approx(2 * found.p)
+
+
+def test_an_interval_ends_at_zero_where_only_holm_finds_the_difference():
+    seeds = np.array([-0.1, 0.1, 0.0])
+    grid = [{"x": np.repeat((seeds + shift)[:, None], ROWS, axis=1)} for shift in (0, 1.0, 0.235, -0.235)]
+    found = compare_with(grid[0], {"1": grid[1], "2": grid[2], "3": grid[3]}, mean, higher_is_better=True)
+    width = stats.t.isf(0.05 / 6, 8) * np.sqrt(2 * 0.01 / 3)  # Bonferroni's
+    assert width > 0.235
+    for name, sign, verdict in (("2", 1, "better"), ("3", -1, "worse")):
+        comparison = found[name]
+        assert (comparison.verdict, comparison.p_corrected < 0.05 < 3 * comparison.p) == (verdict, True)
+        assert sorted([comparison.low * sign, comparison.high * sign]) == pytest.approx([0, 0.235 + width])
+    assert (found["1"].low, found["1"].high) == pytest.approx((1 - width, 1 + width))
 
 
 def test_pairs_are_compared_first_with_second_and_corrected_together():

@@ -6,8 +6,9 @@ degrees of freedom f, added in quadrature:
 
     margin(tail)² = (t(tail, f_seeds) · e_seeds)² + (t(tail, f_rows) · e_rows)²        t: Student's upper quantile
 
-Interval: D ± margin(α/2k) for k methods beside the baseline, so that all hold together. p: the α at which margin(α/2)
-just reaches D; Holm's correction for k. (One t quantile for the summed variance, with
+p: the α at which margin(α/2) just reaches D; Holm's correction for k methods beside the baseline. Interval:
+D ± margin(α/2k), so that all hold together, ended at 0 where Holm's correction says that the difference is not 0: these
+are the intervals that belong to Holm's verdicts (Strassburger and Bretz, Stat. Med. 2008). (One t quantile for the summed variance, with
 the degrees of freedom of Welch and Satterthwaite, finds differences that are not there in 7 % of grids with two seeds.)
 
 e_rows: paired bootstrap over the test rows (scipy.stats.bootstrap) of D averaged over the seeds; both methods see the
@@ -37,7 +38,7 @@ class Comparison:
     """What is known of a method beside the baseline. Differences are method minus baseline, in the metric's unit."""
 
     difference: float
-    low: float | None  # of the interval that counts seeds and rows, all methods' together; None with one seed each
+    low: float | None  # of the interval that counts seeds and rows, for all methods at once; None with one seed each
     high: float | None
     rows_low: float  # of the paired BCa bootstrap over rows: these trained models, other rows
     rows_high: float
@@ -166,8 +167,10 @@ class _Difference:
             margin = self.margin(alpha / (2 * tests))  # of all intervals together, as the verdicts are
             low, high = self.value - margin, self.value + margin
             detectable = margin + self.margin(1 - POWER)
-            gained = (self.value > 0) == higher_is_better
-            verdict = ("better" if gained else "worse") if p_corrected < alpha else "within noise"
+            verdict = "within noise"
+            if p_corrected < alpha:
+                verdict = "better" if (self.value > 0) == higher_is_better else "worse"
+                low, high = (max(low, 0.0), high) if self.value > 0 else (low, min(high, 0.0))
         return Comparison(
             difference=self.value,
             low=low,

@@ -50,7 +50,7 @@ def _sentence(outcome: Outcome, name: str, beside: str, found: Comparison, tests
     evidence = f"{found.difference:+.{decimals}f} {metric}"
     if found.low is None or found.high is None or found.p_corrected is None or found.detectable is None:
         return f"{name} {said[found.verdict]}: {evidence} on {found.rows} rows."
-    interval = f"{outcome.confidence:.0%} interval {found.low:+.{decimals}f} to {found.high:+.{decimals}f}"
+    interval = f"{outcome.confidence:.0%} interval {_ends(found.low, found.high, decimals)}"
     corrected = f", for {tests} comparisons at once" if tests > 1 else ""
     return (
         f"{name} {said[found.verdict]}: {evidence}, {interval}, p = {_p(found.p_corrected)}{corrected} "
@@ -153,9 +153,14 @@ def _pair_rows(outcome: Outcome) -> list[str]:
 def _interval(found: Comparison, decimals: int) -> tuple[str, str]:
     """A difference and its interval, the latter empty where there is none."""
     interval = ""
-    if found.low is not None:
-        interval = f"{found.low:+.{decimals}f} to {found.high:+.{decimals}f}"
+    if found.low is not None and found.high is not None:
+        interval = _ends(found.low, found.high, decimals)
     return f"{found.difference:+.{decimals}f}", interval
+
+
+def _ends(low: float, high: float, decimals: int) -> str:
+    """An interval; an end that is 0 exactly, where Holm's correction put it, is shown so."""
+    return " to ".join(f"{end:+.{decimals}f}" if end else "0" for end in (low, high))
 
 
 def markdown(outcome: Outcome, *, command: str, machine: Sequence[str] = ()) -> str:
