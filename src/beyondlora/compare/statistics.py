@@ -8,8 +8,9 @@ degrees of freedom f, added in quadrature:
 
 p: the α at which margin(α/2) just reaches D; Holm's correction for k methods beside the baseline. Interval:
 D ± margin(α/2k), so that all hold together, ended at 0 where Holm's correction says that the difference is not 0: these
-are the intervals that belong to Holm's verdicts (Strassburger and Bretz, Stat. Med. 2008). (One t quantile for the summed variance, with
-the degrees of freedom of Welch and Satterthwaite, finds differences that are not there in 7 % of grids with two seeds.)
+are the intervals that belong to Holm's verdicts (Strassburger and Bretz, Stat. Med. 2008). (One t quantile for the
+summed variance, with the degrees of freedom of Welch and Satterthwaite, finds differences that are not there in 7 % of
+grids with two seeds.)
 
 e_rows: paired bootstrap over the test rows (scipy.stats.bootstrap) of D averaged over the seeds; both methods see the
 same resampled rows. e_seeds: from the spread over seeds of the two methods or, where that is larger, of all methods
