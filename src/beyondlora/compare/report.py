@@ -37,7 +37,8 @@ th, td { padding: .55rem .6rem; text-align: right; white-space: nowrap }
 th { color: var(--soft); font-weight: 500; font-size: .82rem } tbody tr { border-top: 1px solid var(--line) }
 th:first-child, td:first-child { text-align: left }
 td:first-child { font-weight: 600; white-space: normal; overflow-wrap: anywhere; min-width: 8rem }
-.pictures { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 25rem), 1fr)) }
+.pictures { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 25rem), 1fr));
+  align-items: start }
 figure { margin: 0; padding: .9rem .9rem .7rem } figure svg { display: block; width: 100%; height: auto }
 .pictures figure:first-child { grid-column: 1 / -1 }
 .pictures figure:first-child svg { max-width: 40rem; margin: 0 auto }
