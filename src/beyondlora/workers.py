@@ -16,6 +16,12 @@ from typing import Any
 
 from .progress import Progress
 
+NOT_BEGUN = -1  # in place of the number of steps taken
+NOT_BEGUN_MESSAGE = (
+    "A worker process could not begin (exit code {code}; its own error stands above). Every worker loads the script "
+    'that was started: call this in it beneath `if __name__ == "__main__":`, and not in one read from standard input.'
+)
+
 
 class WorkerDiedError(RuntimeError):
     """A worker ended without a result: it was killed, or ran out of memory."""
@@ -37,6 +43,8 @@ def side_by_side(
         count: processes at a time; None = one a core.
         progress: told how many training steps all tasks together have taken.
 
+    Raises: RuntimeError, where a worker ended before it got to its task: it would with every task.
+
     >>> for number, result in side_by_side(train_one, [(recipe,) for recipe in recipes], count=2):
     ...     ...
     """
@@ -45,7 +53,7 @@ def side_by_side(
     context: Any = multiprocessing.get_context(method)
     if method == "forkserver":
         context.set_forkserver_preload([function.__module__])
-    steps = context.Array("i", max(len(tasks), 1))
+    steps = context.Array("i", [NOT_BEGUN] * max(len(tasks), 1))
     waiting = list(range(len(tasks)))[::-1]
     running: dict[Any, tuple[int, Any]] = {}  # its end of the pipe -> (task number, process)
     try:
@@ -59,10 +67,10 @@ def side_by_side(
                 running[receiver] = (number, process)
             for receiver in connection.wait(list(running), timeout=0.5):
                 number, process = running.pop(receiver)
-                yield number, _result(receiver, process)
+                yield number, _result(receiver, process, begun=steps[number] != NOT_BEGUN)
             if progress is not None:
                 finished = len(tasks) - len(waiting) - len(running)
-                progress.advance(sum(steps), f"{finished} of {len(tasks)} runs finished")
+                progress.advance(sum(max(taken, 0) for taken in steps), f"{finished} of {len(tasks)} runs finished")
     finally:
         for _, process in running.values():
             process.terminate()
@@ -71,12 +79,14 @@ def side_by_side(
             receiver.close()
 
 
-def _result(receiver: Any, process: Any) -> Any:
+def _result(receiver: Any, process: Any, begun: bool) -> Any:
     try:
         result = receiver.recv()
     except EOFError:
         process.join()
         code = process.exitcode
+        if code > 0 and not begun:
+            raise RuntimeError(NOT_BEGUN_MESSAGE.format(code=code)) from None
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         result = WorkerDiedError(f"the process ended without a result ({how}); it may have run out of memory")
     finally:
@@ -91,6 +101,7 @@ def _work(sender: Any, steps: Any, number: int, function: Callable[..., Any], ta
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the parent answers it
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
+    steps[number] = 0
     try:
         result = function(*task, _Told(steps, number))
     except Exception as error:

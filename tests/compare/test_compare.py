@@ -220,6 +220,17 @@ def _perhaps_killed(die, _progress):
     return "alive"
 
 
+def test_a_script_without_the_guard_of_its_own_start_is_told_so(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from beyondlora.workers import side_by_side as run\nfrom operator import neg\nprint(list(run(neg, [(1,)])))\n"
+    )
+    ended = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert 'beneath `if __name__ == "__main__":`' in ended.stderr.splitlines()[-1]
+    assert "[(" not in ended.stdout
+
+
 # Refused -------------------------------------------------------------------------------------------------------------
 
 

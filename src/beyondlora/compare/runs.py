@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import os
-import resource
 import shutil
 import sys
 import tempfile
@@ -187,6 +186,12 @@ def _peak_memory() -> int:
     """The most this process has held: on the accelerator where there is one, else of the machine's memory."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_reserved())
+    if sys.platform == "win32":
+        import psutil  # accelerate, which Trainer needs, depends on it
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
