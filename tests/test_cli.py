@@ -126,6 +126,13 @@ def test_bad_input_is_a_sentence_and_exit_code_2(arguments, message, recipe_file
     assert done.stdout == ""
 
 
+def test_an_error_stands_alone():
+    command = [sys.executable, "-m", "beyondlora", "evaluate", "nowhere"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=False).stderr.splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("Error: nowhere")
+
+
 def test_a_run_that_is_there_is_refused(recipe_file):
     path = recipe_file(max_steps=2)
     assert call("train", path).exit_code == 0

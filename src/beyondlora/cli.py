@@ -5,6 +5,7 @@ Exit codes: 0 done; 1 stopped (the loss became nan), or a bug, which shows its t
 """
 
 import json
+import logging
 import os
 import sys
 import warnings
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from .progress import Progress
 
 INTERRUPTED = 130
+CHATTY = ("torch.utils._pytree", "bitsandbytes.backends.cpu.ops", "torchao")  # warn whenever PEFT is imported
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 messages = Console(stderr=True)  # messages and progress; results alone go to stdout
 
@@ -59,6 +61,8 @@ def beyondlora(
     ] = False,
 ) -> None:
     """Adapters beyond LoRA: train them, and find out honestly whether they helped."""
+    for name in CHATTY:
+        logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.ERROR)  # of its own, no child's
 
 
 @app.command()
