@@ -1,5 +1,7 @@
 """The rest of what PEFT offers LoRA, for one configuration of each method; and what is refused."""
 
+import shutil
+
 import pytest
 import small_models
 import torch
@@ -122,6 +124,28 @@ def test_compiling_breaks_the_graph_no_more_than_lora_does(method):
 
     options = {"r": 2, "target_modules": ["first", "second"], "lora_dropout": 0.1}
     assert graphs(method.config(**options)) == graphs(LoraConfig(**options)) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
+@one_of_each_paper
+def test_training_compiled_is_training(method):
+    start = {} if method.name == "stella" else {"init_lora_weights": False}
+    losses = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = get_peft_model(small_models.llama(), method.config(target_modules="all-linear", **start)).eval()
+        step = torch.compile(model) if compiled else model
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        losses.append([])
+        for _ in range(4):
+            loss = step(input_ids=IDS, labels=IDS).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[-1].append(loss.item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[0][3] < losses[0][0] - 0.01
 
 
 @one_of_each_paper
