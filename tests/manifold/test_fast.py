@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from beyondlora.manifold import StiefelLinear, distance_to_stiefel, fast
 from beyondlora.manifold.moves import Group, Stack
@@ -70,13 +71,20 @@ def test_long_sums_keep_float32s_digits(M: int, R: int, stored: str) -> None:
     torch.testing.assert_close(fast.inner(Y, Y).double(), Y.double().mT @ Y.double(), rtol=0, atol=1e-5)
 
 
+def retract_stacked(before: Tensor, after: Tensor, scale: float, allowed: Tensor) -> Tensor:
+    """As `Stack.end`, of one share."""
+    root, moved = fast.inverse_roots_blind(fast.project_stacked_(before, after, scale), allowed)
+    fast.replace_stacked_(before, after, root, moved)
+    return moved
+
+
 @every_shape
 @every_size
 def test_a_stack_lands_there_too(M: int, R: int, size: float) -> None:
     Y, after = points(M, R, size, count=3)
     expected = torch.stack([literal(a, b, 0.53) for a, b in zip(Y, after, strict=True)])
     start = Y.clone()
-    moved = fast.retract_stacked_(Y, after, 0.53, torch.ones(3, dtype=torch.bool))
+    moved = retract_stacked(Y, after, 0.53, torch.ones(3, dtype=torch.bool))
     assert moved.all() or size > 1  # an absurd step may be refused; it never leaves the manifold
     assert distance_to_stiefel(Y).max() <= 1e-6
     torch.testing.assert_close(Y[moved].double(), expected[moved], rtol=0, atol=2e-6)
@@ -88,7 +96,7 @@ def test_in_a_stack_what_cannot_step_stays_and_the_others_do(poison: float) -> N
     Y, after = points(64, 8, 1e-2, count=3)
     start, expected = Y.clone(), literal(Y[0], after[0], 1.0)
     after[1, 3, 2] = poison
-    moved = fast.retract_stacked_(Y, after, 1.0, torch.tensor([True, True, False]))
+    moved = retract_stacked(Y, after, 1.0, torch.tensor([True, True, False]))
     assert moved.tolist() == [True, False, False]
     assert torch.equal(Y[1:], start[1:])
     torch.testing.assert_close(Y[0].double(), expected, rtol=0, atol=2e-6)
@@ -97,7 +105,7 @@ def test_in_a_stack_what_cannot_step_stays_and_the_others_do(poison: float) -> N
 def test_a_huge_step_of_low_rank_stays_on_the_manifold() -> None:
     Y, _ = points(64, 8, 0.0)
     after = Y + 1e7 * torch.outer(torch.randn(64), torch.randn(8))
-    moved = fast.retract_stacked_(Y.clone(), after.clone(), 1.0, torch.ones(1, dtype=torch.bool))
+    moved = retract_stacked(Y.clone(), after.clone(), 1.0, torch.ones(1, dtype=torch.bool))
     assert fast.retract_([Y[0]], [after[0]], 1.0, torch.empty_like(Y[0]))
     assert distance_to_stiefel(after[0]) <= 1e-6
     assert not moved.any()  # the stack, which cannot look, leaves it
@@ -109,7 +117,7 @@ def test_gradients_are_converted_as_edelman_and_others_define(M: int, R: int) ->
     expected = G.double() - Y.double() @ G.double().mT @ Y.double()
     one, stack = G[0].clone(), G.clone()
     assert torch.isfinite(fast.convert_gradient_(Y[0], one))
-    assert fast.convert_gradients_stacked_(Y, stack).all()
+    assert fast.convert_gradients_stacked_(Y, stack).isfinite().all()
     # Entries of YᵀG are sums of M terms of size 1/sqrt(M).
     torch.testing.assert_close(one.double(), expected[0], rtol=0, atol=2e-5)
     torch.testing.assert_close(stack.double(), expected, rtol=0, atol=2e-5)
@@ -117,36 +125,99 @@ def test_gradients_are_converted_as_edelman_and_others_define(M: int, R: int) ->
     assert not torch.isfinite(fast.convert_gradient_(Y[0], one))
 
 
-@pytest.mark.parametrize("sizes", [(8, 64), (64, 8)], ids=["tall", "wide"])
-def test_a_stack_of_layers_steps_as_the_layers_one_by_one(sizes: tuple[int, int]) -> None:
-    """The CUDA form, run on a CPU: seven layers, in shares of two."""
-    layers = [StiefelLinear(*sizes, step_scale=0.7) for _ in range(7)]
-    twins = [StiefelLinear(*sizes, step_scale=0.7) for _ in range(7)]
+KINDS = [((8, 64), 0.7)] * 7 + [((64, 8), 0.7)] * 3 + [((8, 200), 0.7), ((8, 64), 1.0), ((8, 64), 1.0)]
+
+
+def test_a_stack_of_layers_steps_as_the_layers_one_by_one() -> None:
+    """The CUDA form, run on a CPU: tall and wide layers of several shapes and scales, in shares."""
+    layers, twins = ([StiefelLinear(*sizes, step_scale=scale) for sizes, scale in KINDS] for _ in range(2))
     for layer, twin in zip(layers, twins, strict=True):
         twin.load_state_dict(layer.state_dict())
         layer.weight.grad = torch.randn_like(layer.weight)
         twin.weight.grad = layer.weight.grad.clone()
-    layers[3].weight.grad[0, 0] = float("nan")
-    moves = [Stack(layers), *(Group([twin], torch.empty_like) for twin in twins)]
-    start = layers[3].weight.detach().clone()
+    poisoned, absurd = 3, 9
+    layers[poisoned].weight.grad[0, 0] = float("nan")
+    stack = Stack(layers)
+    moves = [stack, *(Group([twin], torch.empty_like) for twin in twins)]
+    assert len(stack.shares) > len(set(KINDS))
+    starts = [layer.weight.detach().clone() for layer in layers]
     with torch.no_grad():
         for move in moves:
             move.begin()
+        assert moves[0].is_still()
         for layer in [*layers, *twins]:
             layer.weight -= 0.1 * layer.weight.grad
+        assert not moves[0].is_still()
+        layers[absurd].weight += 1e7 * torch.outer(*(torch.randn(size) for size in layers[absurd].weight.shape))
         for move in moves:
             move.end()
-    assert torch.equal(layers[3].weight, start)
-    for i in (0, 1, 2, 4, 5, 6):
-        torch.testing.assert_close(layers[i].weight, twins[i].weight, rtol=0, atol=1e-6)
-    assert moves[0].refused.item() == 1
+    for i, (layer, twin, start) in enumerate(zip(layers, twins, starts, strict=True)):
+        if i in (poisoned, absurd):
+            assert torch.equal(layer.weight, start)
+        else:
+            torch.testing.assert_close(layer.weight, twin.weight, rtol=0, atol=1e-6)
+    assert stack.refused.item() == 2
+
+
+def test_a_stack_goes_back_to_where_it_was() -> None:
+    layers = [StiefelLinear(*sizes) for sizes, _ in KINDS]
+    starts = [layer.weight.detach().clone() for layer in layers]
+    for layer in layers:
+        layer.weight.grad = torch.randn_like(layer.weight)
+    stack = Stack(layers)
+    with torch.no_grad():
+        stack.begin()
+        for layer in layers:
+            layer.weight.mul_(float("nan"))
+        stack.undo()
+    assert all(torch.equal(layer.weight, start) for layer, start in zip(layers, starts, strict=True))
+
+
+@pytest.mark.parametrize("rank", [1, 2, 8, 32, 128])
+def test_the_rounds_suffice_for_every_matrix_that_is_relied_on(rank: int) -> None:
+    """Down to the most uneven ones there are: all eigenvalues alike but one, or one large and all others small."""
+    uneven = torch.logspace(0, 6, 60, dtype=torch.float64)[:, None]
+    ones = torch.ones(60, rank, dtype=torch.float64)
+    for spectra in (torch.cat([1 / uneven, ones[:, 1:]], 1), torch.cat([uneven, ones[:, 1:]], 1)):
+        Q = torch.linalg.qr(torch.randn(60, rank, rank, dtype=torch.float64))[0]
+        root, moved = fast.inverse_roots_blind((Q * spectra[:, None]) @ Q.mT, torch.ones(60, dtype=torch.bool))
+        even = spectra.mean(1) * (1 / spectra).mean(1)
+        assert moved[even < 0.999 * fast.UNEVEN].all()
+        assert not moved[even > 1.001 * fast.UNEVEN].any()
+        torch.testing.assert_close(root[moved], ((Q * spectra[:, None].rsqrt()) @ Q.mT)[moved], rtol=0, atol=1e-9)
+        assert (root[~moved] == torch.eye(rank)).all()
 
 
 def test_the_buffers_are_the_factors_bytes_and_a_fifth() -> None:
-    layers = [StiefelLinear(8, 64) for _ in range(10)]
+    layers = [StiefelLinear(8, 640) for _ in range(10)]
     stack = Stack(layers)
     factors = sum(layer.weight.nbytes for layer in layers)
-    assert stack.before.nbytes + stack.scratch.nbytes <= 1.2 * factors
+    buffers = stack.flat.nbytes + stack.grams.nbytes + sum(share.before.nbytes for share in stack.shares)
+    assert factors < buffers + 4 * factors / stack.ROOTS <= 1.2 * factors  # four arrays of R×R work at a time
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operations that are no views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += not (function.is_view or function.overloadpacket.__name__ in ("_unsafe_view", "unbind"))
+        return function(*args, **kwargs or {})
+
+
+def test_a_stack_is_stepped_in_few_launches() -> None:
+    """A twentieth of what a loop over the factors would take; it grows with shapes and shares, not with factors."""
+    layers = [StiefelLinear(*sizes) for sizes in ((8, 640), (8, 1280), (640, 8)) for _ in range(80)]
+    for layer in layers:
+        layer.weight.grad = torch.randn_like(layer.weight)
+    stack = Stack(layers)
+    with torch.no_grad(), Launches() as launches:
+        stack.begin()
+        stack.end()
+    assert launches.count <= 300
 
 
 @pytest.mark.parametrize("precision", ["high", "medium"])

@@ -16,20 +16,21 @@ handed to the definition in float64), and a stack (CUDA: few launches, no look a
 Legend: M rows, R columns (rank), B matrices of one shape. Y point, Z the step before retraction.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from .stiefel import polar_retraction, sym, to_tangent
+from .stiefel import polar_retraction, to_tangent
 
 NEAR, ROUNDS = 0.03, 8  # below NEAR one more round leaves 63/256 · NEAR⁵, under float32's rounding
 REACH = 0.9  # from where the rounds converge
 BLOCK = 512  # rows of a product whose sum is to be exact
 SIDE_BY_SIDE = 16  # columns below which BLAS runs products at a fraction of its speed
-STACKED_ROUNDS = 32  # σ grows by up to 3/2 a round
 UNEVEN = 2.0  # mean(λ) · mean(1/λ) of a Gram matrix from which its float32 rounding is felt; 1 for I
+GROWTH, LAST_ROUNDS = 15 / 8, 3  # of a small singular value by a round of fifth order, and from about 1/2 to 1
 
 
 @contextmanager
@@ -153,51 +154,58 @@ def _rows_side_by_side(A_MR: Tensor) -> int:
 
 
 def convert_gradients_stacked_(Y_BMR: Tensor, G_BMR: Tensor) -> Tensor:
-    """`convert_gradient_` for a stack. Returns: (B,), which gradients were finite."""
+    """`convert_gradient_` for a stack. Returns: (B, R, R), all finite where a gradient was."""
     H_BRR = G_BMR.mT @ Y_BMR
     G_BMR.baddbmm_(Y_BMR, H_BRR, alpha=-1)
-    return torch.isfinite(H_BRR).all(dim=-1).all(dim=-1)
+    return H_BRR
 
 
-def retract_stacked_(before_BMR: Tensor, after_BMR: Tensor, scale: float, allowed_B: Tensor) -> Tensor:
-    """`retract_` for a stack, the result in place of `before`.
+def project_stacked_(before_BMR: Tensor, after_BMR: Tensor, scale: float) -> Tensor:
+    """Turn the Euclidean steps from `before` to `after` into tangent ones, in place of `after`.
 
-    Matrices that are not allowed to move, not finite, or whose step is so absurd that a float32 Gram matrix cannot tell
-    where it leads, stay where they were.
-
-    Returns: (B,), which matrices took the step.
+    Returns: (B, R, R), ZᵀZ for every Z = `after` now.
     """
     after_BMR.baddbmm_(before_BMR, _projection(before_BMR.mT @ after_BMR, scale), beta=scale)
-    root_BRR, converged_B = _inverse_root_blind((after_BMR.mT @ after_BMR).double())
-    moved_B = allowed_B & converged_B
-    moved_B11 = moved_B[:, None, None]
-    root_BRR = torch.where(moved_B11, root_BRR, torch.zeros_like(root_BRR)).to(after_BMR.dtype)
-    after_BMR.copy_(torch.where(moved_B11, after_BMR, torch.zeros_like(after_BMR)))
-    before_BMR.mul_(~moved_B11)
-    before_BMR.baddbmm_(after_BMR, root_BRR)
-    return moved_B
+    return after_BMR.mT @ after_BMR
 
 
-def _inverse_root_blind(gram_BRR: Tensor) -> tuple[Tensor, Tensor]:
-    """gram^{-1/2} with a fixed number of rounds, scaled so that they converge from anywhere, and where they did."""
-    size_B11 = gram_BRR.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]  # the trace bounds the largest eigenvalue
-    rest_BRR = gram_BRR / size_B11
-    eye_RR = torch.eye(gram_BRR.shape[-1], dtype=gram_BRR.dtype, device=gram_BRR.device)
-    root_BRR = eye_RR.expand_as(gram_BRR)
-    for _ in range(STACKED_ROUNDS):
-        factor_BRR = 1.5 * eye_RR - 0.5 * rest_BRR
+def inverse_roots_blind(gram_BRR: Tensor, allowed_B: Tensor) -> tuple[Tensor, Tensor]:
+    """gram^{-1/2} by fifth-order Newton–Schulz with a fixed number of rounds.
+
+    Matrices that are not allowed to move, not finite, or so uneven that their float32 rounding is felt (an absurd step)
+    get I. The eigenvalues of all others, divided by their sum, are above 1 / (UNEVEN R²): the rounds are what that
+    takes.
+
+    Returns: the roots, and (B,), which matrices move.
+    """
+    rank = gram_BRR.shape[-1]
+    eye_RR = torch.eye(rank, dtype=torch.float64, device=gram_BRR.device)
+    exact_BRR = gram_BRR.double()
+    size_B11 = exact_BRR.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]  # the trace bounds the largest eigenvalue
+    rest_BRR = exact_BRR / size_B11
+    root_BRR = eye_RR.expand_as(rest_BRR)
+    first_RR, second_RR = GROWTH * eye_RR, -1.25 * eye_RR
+    for _ in range(math.ceil(math.log(UNEVEN * rank**2) / math.log(GROWTH**2)) + LAST_ROUNDS):
+        factor_BRR = torch.baddbmm(first_RR, rest_BRR, torch.add(second_RR, rest_BRR, alpha=0.375))
         root_BRR = root_BRR @ factor_BRR
-        rest_BRR = sym(factor_BRR @ rest_BRR @ factor_BRR)
+        rest_BRR = factor_BRR @ rest_BRR @ factor_BRR
     root_BRR = root_BRR * size_B11.rsqrt()
     # Against the Gram matrix itself: one whose small eigenvalues drowned in rounding converges to the wrong root.
-    check_BRR = root_BRR @ gram_BRR @ root_BRR - eye_RR
-    mean_B = size_B11[:, 0, 0] * root_BRR.square().sum(dim=(-2, -1)) / gram_BRR.shape[-1] ** 2
-    return root_BRR, (check_BRR.abs().amax(dim=(-2, -1)) < 1e-6) & (mean_B < UNEVEN)
+    off_B = torch.baddbmm(eye_RR, root_BRR @ exact_BRR, root_BRR, beta=-1).abs().amax(dim=(-2, -1))
+    mean_B = size_B11[:, 0, 0] * root_BRR.square().sum(dim=(-2, -1)) / rank**2
+    moved_B = allowed_B & (off_B < 1e-6) & (mean_B < UNEVEN)
+    return torch.where(moved_B[:, None, None], root_BRR, eye_RR).to(gram_BRR.dtype), moved_B
+
+
+def replace_stacked_(before_BMR: Tensor, after_BMR: Tensor, root_BRR: Tensor, moved_B: Tensor) -> None:
+    """`before` ← Z root for every Z = `after` that moves; the others, whose root is I, stay to the bit."""
+    torch.where(moved_B[:, None, None], after_BMR, before_BMR, out=after_BMR)
+    before_BMR.baddbmm_(after_BMR, root_BRR, beta=0)
 
 
 def _projection(H_RR: Tensor, scale: float) -> Tensor:
     """A with Y + to_tangent(c (Ỹ − Y)) = Y A + c Ỹ, from H = YᵀỸ: (1 − c) I − c (sym H − I) = I − c sym H."""
-    A_RR = sym(H_RR).mul_(-scale)
+    A_RR = torch.add(H_RR, H_RR.mT).mul_(-scale / 2)
     A_RR.diagonal(dim1=-2, dim2=-1).add_(1)
     return A_RR
 

@@ -2,12 +2,13 @@
 
 Which form a factor takes follows from its weight: float32 with the polar retraction is fast, in groups on a CPU and
 stacked on CUDA; everything else (float64, geodesics) is the definition of `stiefel.py`.
-Buffers are kept from step to step: in all, the bytes of the factors and a fifth.
+Buffers are kept from step to step: in all, the bytes of the factors and a fifth at most.
 """
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -108,64 +109,100 @@ class Group:
         torch._foreach_copy_(self.after, self.before)
 
 
-class Stack:
-    """Float32 factors of one shape and step scale on CUDA: few launches, and no look at a value.
+@dataclass
+class _Share:
+    """Some factors of one shape and step scale: what of a stack is worked on at once, seen tall.
 
-    A factor whose gradient or step is not finite stays where it was, without an error: raising one would mean waiting
-    for the device at every step. `refused` counts such steps, on the device, until `refused_steps` asks.
+    Attributes:
+        part: which of the stack's factors.
+        before: (B, M, R), where they are at the beginning of a step.
+        scratch: (B, M, R), the same memory for all shares of a stack.
     """
 
-    SHARES = 5  # the scratch is a fifth of the stack
+    part: slice
+    before: Tensor
+    scratch: Tensor
+    scale: float
+
+
+class Stack:
+    """Float32 factors of one rank on CUDA: few launches, and no look at a value.
+
+    The R×R work of all shapes is done together, what is as large as the factors in shares. A factor whose gradient or
+    step is not finite stays where it was, without an error: raising one would mean waiting for the device at every
+    step. `refused` counts such steps, on the device, until `refused_steps` asks.
+    """
+
+    SHARES = 8  # the scratch is an eighth of the factors
+    ROOTS = 80  # and each array of the R×R work an eightieth
 
     def __init__(self, layers: list[StiefelLinear]) -> None:
-        self._layers = [weakref.ref(layer) for layer in layers]
-        rows = layers[0].weight
-        self.before = rows.new_empty((len(layers), *rows.shape), requires_grad=False)
-        self.scratch = rows.new_empty((-(-len(layers) // self.SHARES), *rows.shape), requires_grad=False)
-        self.finite = torch.ones(len(layers), dtype=torch.bool, device=rows.device)
-        self.refused = torch.zeros((), dtype=torch.int64, device=rows.device)
+        """Make the buffers. Of layers of one shape and step scale, neighbours in the list are stepped together."""
+        self.weights = [layer.weight for layer in layers]  # which the optimizer owns: no model is kept alive
+        self.after = [weight.detach() for weight in self.weights]
+        first, entries = self.after[0], sum(weight.numel() for weight in self.weights)
+        self.flat = first.new_empty(max(entries // self.SHARES, *(weight.numel() for weight in self.weights)))
+        self.before: list[Tensor] = []
+        self.scratch: list[Tensor] = []
+        self.shares = list(self._shares(layers))
+        rank = min(first.shape)
+        self.grams = first.new_empty((len(layers), rank, rank))
+        size = max(1, entries * first.itemsize // (8 * self.ROOTS * rank**2))
+        self.pieces = [slice(i, i + size) for i in range(0, len(layers), size)]
+        self.finite = torch.ones(len(layers), dtype=torch.bool, device=first.device)
+        self.refused = torch.zeros((), dtype=torch.int64, device=first.device)
         _stacks.add(self)
-
-    @property
-    def layers(self) -> list[StiefelLinear]:
-        """The layers whose weights move."""
-        return [_alive(layer) for layer in self._layers]
 
     def begin(self) -> bool:
         """See `Move`."""
-        tall = self.layers[0].tall
-        torch._foreach_copy_(list(self.before), [layer.weight.detach() for layer in self.layers])
-        for part, stack in self._shares():
-            gradients = [_gradient(layer.weight) for layer in self.layers[part]]
-            torch._foreach_copy_(list(stack), gradients)
-            self.finite[part] = fast.convert_gradients_stacked_(tall(self.before[part]), tall(stack))
-            torch._foreach_copy_(gradients, list(stack))
+        torch._foreach_copy_(self.before, self.after)
+        gradients = [_gradient(weight) for weight in self.weights]
+        for share in self.shares:
+            torch._foreach_copy_(self.scratch[share.part], gradients[share.part])
+            self.grams[share.part] = fast.convert_gradients_stacked_(share.before, share.scratch)
+            torch._foreach_copy_(gradients[share.part], self.scratch[share.part])
+        torch.all(self.grams.isfinite().flatten(1), dim=1, out=self.finite)
         return True
 
     def end(self) -> bool:
-        """See `Move`."""
-        tall, scale = self.layers[0].tall, self.layers[0].step_scale
-        for part, stack in self._shares():
-            weights = [layer.weight.detach() for layer in self.layers[part]]
-            torch._foreach_copy_(list(stack), weights)
-            moved = fast.retract_stacked_(tall(self.before[part]), tall(stack), scale, self.finite[part])
-            self.refused += (~moved).sum()
-            torch._foreach_copy_(weights, list(self.before[part]))
+        """See `Move`. Nothing is known not to be finite, so this cannot fail, and cannot be undone."""
+        for share in self.shares:
+            torch._foreach_copy_(self.scratch[share.part], self.after[share.part])
+            self.grams[share.part] = fast.project_stacked_(share.before, share.scratch, share.scale)
+            torch._foreach_copy_(self.after[share.part], self.scratch[share.part])
+        for piece in self.pieces:
+            self.grams[piece], self.finite[piece] = fast.inverse_roots_blind(self.grams[piece], self.finite[piece])
+        self.refused += (~self.finite).sum()
+        for share in self.shares:
+            torch._foreach_copy_(self.scratch[share.part], self.after[share.part])
+            fast.replace_stacked_(share.before, share.scratch, self.grams[share.part], self.finite[share.part])
+        torch._foreach_copy_(self.after, self.before)
         return True
 
     def is_still(self) -> bool:
         """See `Move`."""
-        return all(torch.equal(layer.weight, kept) for layer, kept in zip(self.layers, self.before, strict=True))
+        return all(torch.equal(after, before) for after, before in zip(self.after, self.before, strict=True))
 
     def undo(self) -> None:
         """See `Move`."""
-        torch._foreach_copy_([layer.weight.detach() for layer in self.layers], list(self.before))
+        torch._foreach_copy_(self.after, self.before)
 
-    def _shares(self) -> Iterable[tuple[slice, Tensor]]:
-        size, count = len(self.scratch), len(self.before)
-        for first in range(0, count, size):
-            part = slice(first, min(first + size, count))
-            yield part, self.scratch[: part.stop - part.start]
+    def _shares(self, layers: list[StiefelLinear]) -> Iterator[_Share]:
+        """Cut the factors into shares, and note a view of each one's place in `before` and `scratch`."""
+        first = 0
+        for _, alike in itertools.groupby(layers, key=_kind):
+            left = list(alike)
+            while left:
+                size = self.flat.numel() // left[0].weight.numel()
+                taken, left = left[:size], left[size:]
+                shape = (len(taken), *taken[0].weight.shape)
+                before = self.flat.new_empty(shape)
+                scratch = self.flat[: before.numel()].view(shape)
+                self.before += before.unbind()
+                self.scratch += scratch.unbind()
+                tall = taken[0].tall
+                yield _Share(slice(first, first + len(taken)), tall(before), tall(scratch), taken[0].step_scale)
+                first += len(taken)
 
 
 _stacks: "weakref.WeakSet[Stack]" = weakref.WeakSet()
@@ -197,9 +234,8 @@ def plan(layers: list[StiefelLinear]) -> list[Move]:
         if device == "cpu":
             size = max(1, Group.BYTES // alike[0].weight.nbytes)
             moves += [Group(alike[i : i + size], scratch) for i in range(0, len(alike), size)]
-        else:
-            moves.append(Stack(alike))
-    return moves
+    stacked = sorted((layer for layer in quick if layer.weight.device.type != "cpu"), key=_rank_and_device)
+    return moves + [Stack(list(alike)) for _, alike in itertools.groupby(stacked, key=_rank_and_device)]
 
 
 def _is_fast(layer: StiefelLinear) -> bool:
@@ -209,6 +245,10 @@ def _is_fast(layer: StiefelLinear) -> bool:
 
 def _kind(layer: StiefelLinear) -> tuple[tuple[int, ...], str, float]:
     return tuple(layer.weight.shape), str(layer.weight.device), layer.step_scale
+
+
+def _rank_and_device(layer: StiefelLinear) -> tuple[int, str]:
+    return min(layer.weight.shape), str(layer.weight.device)
 
 
 def _alive(reference: "weakref.ref[StiefelLinear]") -> StiefelLinear:

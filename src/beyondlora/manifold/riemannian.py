@@ -141,7 +141,7 @@ def _moves(optimizer: Optimizer, layers: list[StiefelLinear]) -> list[Move]:
     if known is None or known.weights != weights:
         sharded = [layer for layer in layers if isinstance(layer.weight, DTensor)]
         whole = [layer for layer in layers if not isinstance(layer.weight, DTensor)]
-        known = _plans[optimizer] = _Plan(weights, [*plan(whole), *plan_shards(sharded)])
+        known = _plans[optimizer] = _Plan(weights, [*plan_shards(sharded), *plan(whole)])
     return known.moves
 
 
