@@ -125,7 +125,7 @@ def test_gradients_are_converted_as_edelman_and_others_define(M: int, R: int) ->
     assert not torch.isfinite(fast.convert_gradient_(Y[0], one))
 
 
-KINDS = [((8, 64), 0.7)] * 7 + [((64, 8), 0.7)] * 3 + [((8, 200), 0.7), ((8, 64), 1.0), ((8, 64), 1.0)]
+KINDS = [((8, 64), 0.7)] * 7 + [((8, 64), 1.0)] * 2 + [((64, 8), 0.7)] * 3 + [((8, 200), 0.7)]
 
 
 def test_a_stack_of_layers_steps_as_the_layers_one_by_one() -> None:
@@ -135,7 +135,7 @@ def test_a_stack_of_layers_steps_as_the_layers_one_by_one() -> None:
         twin.load_state_dict(layer.state_dict())
         layer.weight.grad = torch.randn_like(layer.weight)
         twin.weight.grad = layer.weight.grad.clone()
-    poisoned, absurd = 3, 9
+    poisoned, absurd = 3, 10
     layers[poisoned].weight.grad[0, 0] = float("nan")
     stack = Stack(layers)
     moves = [stack, *(Group([twin], torch.empty_like) for twin in twins)]
@@ -146,7 +146,7 @@ def test_a_stack_of_layers_steps_as_the_layers_one_by_one() -> None:
             move.begin()
         assert moves[0].is_still()
         for layer in [*layers, *twins]:
-            layer.weight -= 0.1 * layer.weight.grad
+            layer.weight -= 0.1 * layer.weight.grad.nan_to_num(0.5)
         assert not moves[0].is_still()
         layers[absurd].weight += 1e7 * torch.outer(*(torch.randn(size) for size in layers[absurd].weight.shape))
         for move in moves:
