@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from .linear import StiefelLinear, live_stiefel_layers
+from .linear import PRECISE, StiefelLinear, live_stiefel_layers, weight_of
 from .moves import refused_steps
 from .stiefel import distance_to_stiefel, polar_retraction
 
@@ -69,10 +69,10 @@ def _out_of_reach(layer: StiefelLinear) -> str | None:
 
 def settle(layer: StiefelLinear) -> None:
     """Note that the factor is on the manifold now."""
-    layer.settled = (id(layer.weight), layer.weight._version)
+    weight = weight_of(layer)
+    vars(layer)["settled"] = (id(weight), weight._version)  # not by nn.Module's __setattr__, which takes its time
 
 
-@torch.no_grad()
 def check_layer(layer: StiefelLinear, *, again: bool = False) -> None:
     """Look at a factor that moved since the last look: bring it back and say so, or refuse it.
 
@@ -82,19 +82,21 @@ def check_layer(layer: StiefelLinear, *, again: bool = False) -> None:
 
     Raises: ValueError for a factor without data, or too far from the manifold to be brought back.
     """
-    weight = layer.weight
+    weight = weight_of(layer)
     if weight.is_meta:
         raise ValueError(
             f"A Stiefel factor of shape {tuple(weight.shape)} is on the meta device: it has no values to step. "
             "Materialise the model first (to_empty and load the weights)."
         )
-    layer.restore_precision()
+    if weight.dtype not in PRECISE:
+        layer.restore_precision()
     if weight.is_inference() or (layer.settled == (id(weight), weight._version) and not again):
         return
     refuse_out_of_reach([layer])
     if isinstance(weight, DTensor):
         return  # processes look together, at the beginning of their step
-    _bring_back(layer, layer.orthonormal.detach())
+    with torch.no_grad():
+        _bring_back(layer, layer.orthonormal.detach())
     settle(layer)
 
 
@@ -185,6 +187,8 @@ def _far(layer: StiefelLinear, distance: float) -> str:
 class Unowned:
     """Notices trainable factors whose gradients no optimizer takes: an adapter added after the optimizer was made."""
 
+    OWNED = -1  # in place of a count: has an owner; another optimizer's step says nothing
+
     def __init__(self) -> None:
         self._waits: weakref.WeakKeyDictionary[StiefelLinear, int] = weakref.WeakKeyDictionary()
 
@@ -193,14 +197,15 @@ class Unowned:
 
         A gradient that nobody adds to any more (computed once, to be looked at) is not waiting for a step.
         """
-        weights = {id(layer.weight) for layer in owned}
+        weights = {id(weight_of(layer)) for layer in owned}
         late = []
         for layer in live_stiefel_layers():
-            if not layer.weight.requires_grad:
+            weight = weight_of(layer)
+            if not weight.requires_grad:
                 continue
-            if id(layer.weight) in weights:
-                self._waits[layer] = -1  # has an owner; another optimizer's step says nothing
-            elif self._waits.get(layer, 0) >= 0 and _has_new_gradient(layer):
+            if id(weight) in weights:
+                self._waits[layer] = self.OWNED
+            elif self._waits.get(layer, 0) != self.OWNED and _has_new_gradient(layer):
                 self._waits[layer] = self._waits.get(layer, 0) + 1
                 late += [layer] if self._waits[layer] == PATIENCE else []
         if late:

@@ -134,7 +134,7 @@ class Stack:
     """
 
     SHARES = 8  # the scratch is an eighth of the factors
-    ROOTS = 80  # and each array of the R×R work an eightieth
+    ROOTS = 80  # and each array of the R×R work an eightieth, or a MiB
 
     def __init__(self, layers: list[StiefelLinear]) -> None:
         """Make the buffers. Of layers of one shape and step scale, neighbours in the list are stepped together."""
@@ -147,7 +147,7 @@ class Stack:
         self.shares = list(self._shares(layers))
         rank = min(first.shape)
         self.grams = first.new_empty((len(layers), rank, rank))
-        size = max(1, entries * first.itemsize // (8 * self.ROOTS * rank**2))
+        size = max(1, max(2**20, entries * first.itemsize // self.ROOTS) // (8 * rank**2))
         self.pieces = [slice(i, i + size) for i in range(0, len(layers), size)]
         self.finite = torch.ones(len(layers), dtype=torch.bool, device=first.device)
         self.refused = torch.zeros((), dtype=torch.int64, device=first.device)

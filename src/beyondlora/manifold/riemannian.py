@@ -26,7 +26,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .fast import full_precision
 from .guard import Unowned, check_layer, refuse_optimizer, refuse_out_of_reach, settle, warn_of_used_gradients
-from .linear import StiefelLinear, live_stiefel_layers
+from .linear import StiefelLinear, live_stiefel_layers, weight_of
 from .moves import Move, plan
 from .shards import plan_shards
 
@@ -83,7 +83,7 @@ def stiefel_layers_of(optimizer: Optimizer) -> list[StiefelLinear]:
     layers = live_stiefel_layers()
     if not layers:
         return []
-    by_weight = {id(layer.weight): layer for layer in layers}
+    by_weight = {id(weight_of(layer)): layer for layer in layers}
     # In the optimizer's order, not the set's, so that every process and every run goes the same way.
     owned = dict.fromkeys(id(parameter) for group in optimizer.param_groups for parameter in group["params"])
     return [by_weight[weight] for weight in owned if weight in by_weight]
@@ -100,7 +100,7 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
     if not owned:
         refuse_out_of_reach(live_stiefel_layers())
     _unowned.watch(owned)
-    layers = [layer for layer in owned if layer.weight.requires_grad]
+    layers = [layer for layer in owned if weight_of(layer).requires_grad]
     if not layers:
         return
     # Before the look at gradients: there may be none yet, the closure makes them.
@@ -108,34 +108,35 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
     refuse_optimizer(optimizer)
     # Where an optimizer calls another one inside its step, the outer one takes the step of the weights they share.
     elsewhere = {id(gradient): version for step in _steps.values() for gradient, version in step.gradients}
+    gradients = [(layer, weight_of(layer).grad) for layer in layers]
     stepped = [
-        (layer, layer.weight.grad)
-        for layer in layers
-        if layer.weight.grad is not None and elsewhere.get(id(layer.weight.grad)) != layer.weight.grad._version
+        layer
+        for layer, gradient in gradients
+        if gradient is not None and elsewhere.get(id(gradient)) != gradient._version
     ]
     if stepped:
-        _begin(optimizer, [layer for layer, _ in stepped])
+        _begin(optimizer, stepped)
 
 
 def _begin(optimizer: Optimizer, layers: list[StiefelLinear]) -> None:
     for layer in layers:
         check_layer(layer)
-    gradients = [layer.weight.grad for layer in layers if layer.weight.grad is not None]
+    gradients = [weight_of(layer).grad for layer in layers]
     warn_of_used_gradients(gradients)
     moves = _moves(optimizer, layers)
     with full_precision(layers[0].weight.device.type):
         finite = [move.begin() for move in moves]
     versions = [(gradient, gradient._version) for gradient in gradients]
     for gradient, version in versions:
-        gradient._used_at_version = version  # type: ignore[attr-defined]
+        gradient._used_at_version = version
     _steps[optimizer] = _Step(layers=layers, moves=moves, gradients=versions, finite=all(finite))
 
 
 def _moves(optimizer: Optimizer, layers: list[StiefelLinear]) -> list[Move]:
     """The moves for these layers: those of the last step where the weights are the same, buffers and all."""
     weights = [
-        (id(layer.weight), layer.weight.data_ptr(), layer.weight.dtype, layer.step_scale, layer.retraction)
-        for layer in layers
+        (id(weight), weight.data_ptr(), weight.dtype, layer.step_scale, layer.retraction)
+        for layer, weight in zip(layers, map(weight_of, layers), strict=True)
     ]
     known = _plans.get(optimizer)
     if known is None or known.weights != weights:
