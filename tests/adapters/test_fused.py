@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from adapters.rows import ROWS, Row
+from launches import Launches
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
@@ -51,6 +52,21 @@ def test_equals_the_definition(row: Row, lead: tuple[int, ...], dtype: torch.dty
     arguments = adapter, fresh(*lead, 6, dtype=dtype), fresh(5, 6, dtype=dtype), fresh(*lead, 5, dtype=dtype)
     for mine, definition in zip(results(fast, *arguments), results(plain, *arguments), strict=True):
         torch.testing.assert_close(mine, definition, rtol=ROUNDING[dtype], atol=ROUNDING[dtype])
+
+
+@every_row
+def test_says_without_memory_what_it_would_make(row: Row) -> None:
+    """As PEFT's LoRA does: shapes, dtypes and memory of a model are planned on the meta device."""
+    adapter = row.build(6, 5, 3).to("meta")
+    x, W0, upstream = (torch.empty(size, device="meta", dtype=torch.float64) for size in ((4, 6), (5, 6), (4, 5)))
+    shapes = [result.shape for result in results(fast, adapter, x, W0, upstream)]
+    assert shapes == [(4, 5), (4, 6), *(weight.shape for weight in adapter.parameters())]
+
+
+def test_a_mask_is_drawn_at_once_where_launches_cost() -> None:
+    with Launches() as launches:
+        keep_mask(torch.empty(4096, 64, device="meta"), 0.1)
+    assert launches.count == 2
 
 
 @some_rows

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from launches import Launches
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from beyondlora.manifold import StiefelLinear, distance_to_stiefel, fast
 from beyondlora.manifold.moves import Group, Stack
@@ -194,18 +194,6 @@ def test_the_buffers_are_the_factors_bytes_and_a_fifth() -> None:
     factors = sum(layer.weight.nbytes for layer in layers)
     buffers = stack.flat.nbytes + stack.grams.nbytes + sum(share.before.nbytes for share in stack.shares)
     assert factors < buffers + 4 * factors / stack.ROOTS <= 1.2 * factors  # four arrays of R×R work at a time
-
-
-class Launches(TorchDispatchMode):
-    """Counts the operations that are no views."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += not (function.is_view or function.overloadpacket.__name__ in ("_unsafe_view", "unbind"))
-        return function(*args, **kwargs or {})
 
 
 def test_a_stack_is_stepped_in_few_launches() -> None:

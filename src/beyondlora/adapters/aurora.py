@@ -75,7 +75,8 @@ class AdaptiveNonlinearLayer(nn.Module):
 
     def forward(self, z_TR: Tensor) -> Tensor:
         """Map (..., R) to (..., R)."""
-        return self.closed_form(z_TR) if self.has_closed_form and is_eager() else self.by_definition(z_TR)
+        closed = self.has_closed_form and is_eager() and not z_TR.is_meta  # autocast, which it turns off, knows no meta
+        return self.closed_form(z_TR) if closed else self.by_definition(z_TR)
 
     @property
     def has_closed_form(self) -> bool:

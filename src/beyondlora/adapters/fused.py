@@ -162,7 +162,7 @@ def over(share: float, x_TR: Tensor) -> Tensor:
 def as_autocast(like: Tensor, *operands: Tensor) -> tuple[Tensor, ...]:
     """The operands of a product as autocast would cast them; themselves without autocast."""
     device = like.device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):  # which knows no meta
         return operands
     dtype = torch.get_autocast_dtype(device)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in operands)

@@ -68,7 +68,8 @@ def keep_mask(like_TN: Tensor, p: float) -> tuple[Tensor, float]:
     """
     dropped = min(max(round(p * 2**16), 1), 2**16 - 1)
     keep_TN = torch.empty(flat(like_TN).shape, dtype=torch.bool, device=like_TN.device)
-    for rows in keep_TN.split(BLOCK):
+    for block in blocks(keep_TN):
+        rows = keep_TN[block]
         words = torch.empty((rows.numel() + 3) // 4, dtype=torch.int64, device=rows.device).random_(-(2**63), None)
         torch.ge(words.view(torch.int16)[: rows.numel()].view(rows.shape), dropped - 2**15, out=rows)
     return keep_TN, 1 - dropped / 2**16
