@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from torch.nn.utils import get_total_norm
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from . import processes
@@ -73,10 +74,17 @@ class Recorder(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Every batch of this step gave a finite loss: remember the weights that did, unless the gradient is not."""
         trained = {name: weight for name, weight in kwargs["model"].named_parameters() if weight.requires_grad}
-        finite = all(weight.grad is None or weight.grad.isfinite().all() for weight in trained.values())
-        if processes.anywhere(torch.tensor(not finite, device=args.device)):
+        gradients = [weight.grad for weight in trained.values() if weight.grad is not None]
+        largest = get_total_norm(gradients, math.inf)  # an accelerator is waited for once, and not for every gradient
+        if processes.anywhere(~largest.to(args.device).isfinite()):
             raise self._stop("the gradient became nan or infinite")
-        self.finite = (state.global_step, {name: weight.detach().clone() for name, weight in trained.items()})
+        weights = [weight.detach() for weight in trained.values()]
+        if self.finite is not None and self.finite[1].keys() == trained.keys():
+            kept = self.finite[1]
+            torch._foreach_copy_(list(kept.values()), weights)
+        else:
+            kept = dict(zip(trained, [weight.clone() for weight in weights], strict=True))
+        self.finite = (state.global_step, kept)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Evaluate where it is due; a checkpoint always closes a line of the log, so that both can be resumed."""
