@@ -42,6 +42,8 @@ Overrides = Annotated[
 
 def main() -> None:
     """Run the command line; never returns."""
+    for name in CHATTY:
+        logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.ERROR)  # of its own, no child's
     try:
         app()
     except KeyboardInterrupt:  # before a command has begun
@@ -61,8 +63,6 @@ def beyondlora(
     ] = False,
 ) -> None:
     """Adapters beyond LoRA: train them, and find out honestly whether they helped."""
-    for name in CHATTY:
-        logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.ERROR)  # of its own, no child's
 
 
 @app.command()

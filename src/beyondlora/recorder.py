@@ -78,12 +78,10 @@ class Recorder(TrainerCallback):
         largest = get_total_norm(gradients, math.inf)  # an accelerator is waited for once, and not for every gradient
         if processes.anywhere(~largest.to(args.device).isfinite()):
             raise self._stop("the gradient became nan or infinite")
-        weights = [weight.detach() for weight in trained.values()]
-        if self.finite is not None and self.finite[1].keys() == trained.keys():
-            kept = self.finite[1]
-            torch._foreach_copy_(list(kept.values()), weights)
-        else:
-            kept = dict(zip(trained, [weight.clone() for weight in weights], strict=True))
+        kept = self.finite[1] if self.finite else {}
+        if kept.keys() != trained.keys():
+            kept = {name: torch.empty_like(weight) for name, weight in trained.items()}
+        torch._foreach_copy_(list(kept.values()), [weight.detach() for weight in trained.values()])
         self.finite = (state.global_step, kept)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

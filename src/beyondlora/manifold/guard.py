@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from .linear import PRECISE, StiefelLinear, live_stiefel_layers, weight_of
+from .linear import StiefelLinear, live_stiefel_layers, weight_of
 from .moves import refused_steps
 from .stiefel import distance_to_stiefel, polar_retraction
 
@@ -88,8 +88,7 @@ def check_layer(layer: StiefelLinear, *, again: bool = False) -> None:
             f"A Stiefel factor of shape {tuple(weight.shape)} is on the meta device: it has no values to step. "
             "Materialise the model first (to_empty and load the weights)."
         )
-    if weight.dtype not in PRECISE:
-        layer.restore_precision()
+    layer.restore_precision()
     if weight.is_inference() or (layer.settled == (id(weight), weight._version) and not again):
         return
     refuse_out_of_reach([layer])

@@ -111,7 +111,7 @@ class StiefelLinear(nn.Linear):
 
         TRL's SFTTrainer does so to every trainable parameter beside a base in 4 or 8 bits.
         """
-        weight = self.weight
+        weight = weight_of(self)
         if weight.dtype in PRECISE or weight.is_meta:
             return
         with torch.no_grad():

@@ -71,7 +71,22 @@ class Defined:
         self.layer.orthonormal.copy_(self.before)
 
 
-class Group:
+class _Kept:
+    """Factors with a copy of each as it was at the beginning of the step; see `Move`."""
+
+    after: list[Tensor]  # the factors themselves
+    before: list[Tensor]
+
+    def is_still(self) -> bool:
+        """See `Move`."""
+        return all(torch.equal(after, before) for after, before in zip(self.after, self.before, strict=True))
+
+    def undo(self) -> None:
+        """See `Move`."""
+        torch._foreach_copy_(self.after, self.before)
+
+
+class Group(_Kept):
     """Float32 factors of one shape and step scale on a CPU, together no larger than what a cache holds.
 
     Its weights and gradients are looked up once a step; `riemannian` makes a new plan when a weight is another one.
@@ -100,14 +115,6 @@ class Group:
         """See `Move`."""
         return fast.retract_(self.before, self.after, self.scale, self.scratch)
 
-    def is_still(self) -> bool:
-        """See `Move`."""
-        return all(torch.equal(after, before) for after, before in zip(self.after, self.before, strict=True))
-
-    def undo(self) -> None:
-        """See `Move`."""
-        torch._foreach_copy_(self.after, self.before)
-
 
 @dataclass
 class _Share:
@@ -125,7 +132,7 @@ class _Share:
     scale: float
 
 
-class Stack:
+class Stack(_Kept):
     """Float32 factors of one rank on CUDA: few launches, and no look at a value.
 
     The R×R work of all shapes is done together, what is as large as the factors in shares. A factor whose gradient or
@@ -142,8 +149,7 @@ class Stack:
         self.after = [weight.detach() for weight in self.weights]
         first, entries = self.after[0], sum(weight.numel() for weight in self.weights)
         self.flat = first.new_empty(max(entries // self.SHARES, *(weight.numel() for weight in self.weights)))
-        self.before: list[Tensor] = []
-        self.scratch: list[Tensor] = []
+        self.before, self.scratch = list[Tensor](), list[Tensor]()
         self.shares = list(self._shares(layers))
         rank = min(first.shape)
         self.grams = first.new_empty((len(layers), rank, rank))
@@ -179,14 +185,6 @@ class Stack:
         torch._foreach_copy_(self.after, self.before)
         return True
 
-    def is_still(self) -> bool:
-        """See `Move`."""
-        return all(torch.equal(after, before) for after, before in zip(self.after, self.before, strict=True))
-
-    def undo(self) -> None:
-        """See `Move`."""
-        torch._foreach_copy_(self.after, self.before)
-
     def _shares(self, layers: list[StiefelLinear]) -> Iterator[_Share]:
         """Cut the factors into shares, and note a view of each one's place in `before` and `scratch`."""
         first = 0
@@ -219,22 +217,20 @@ def refused_steps() -> int:
 def plan(layers: list[StiefelLinear]) -> list[Move]:
     """The moves that step these factors."""
     quick = sorted(filter(_is_fast, layers), key=_kind)
-    largest = max((layer.weight.numel() for layer in quick), default=0)
-    flat: dict[torch.device, Tensor] = {}
+    on_cpu = [layer for layer in quick if layer.weight.device.type == "cpu"]
+    stacked = sorted((layer for layer in quick if layer.weight.device.type != "cpu"), key=_rank_and_device)
+    flat = torch.empty(max((layer.weight.numel() for layer in on_cpu), default=0), dtype=torch.float32, device="cpu")
 
     def scratch(like: Tensor) -> Tensor:
-        """One for all groups of a device, seen in the shape and the order of this one."""
-        if like.device not in flat:
-            flat[like.device] = torch.empty(largest, device=like.device)
-        return flat[like.device].as_strided(like.shape, like.stride())
+        """One for all groups, seen in the shape and the order of this one."""
+        return flat.as_strided(like.shape, like.stride())
 
     moves: list[Move] = [Defined(layer) for layer in layers if not _is_fast(layer)]
-    for (_, device, _), kind in itertools.groupby(quick, key=_kind):
+    for _, kind in itertools.groupby(on_cpu, key=_kind):
         alike = list(kind)
-        if device == "cpu":
-            size = max(1, Group.BYTES // alike[0].weight.nbytes)
-            moves += [Group(alike[i : i + size], scratch) for i in range(0, len(alike), size)]
-    stacked = sorted((layer for layer in quick if layer.weight.device.type != "cpu"), key=_rank_and_device)
+        size = max(1, Group.BYTES // alike[0].weight.nbytes)
+        moves += [Group(alike[i : i + size], scratch) for i in range(0, len(alike), size)]
+    # Last: they cannot fail, and cannot be undone where something else does.
     return moves + [Stack(list(alike)) for _, alike in itertools.groupby(stacked, key=_rank_and_device)]
 
 
