@@ -30,7 +30,18 @@ LEVELS = {
     "cli": 9,
     "__main__": 10,
 }
-LEAVES = {"targets", "recipe", "models", "data", "interrupts", "progress", "curves", "run_folder", "processes"}
+LEAVES = {
+    "targets",
+    "recipe",
+    "models",
+    "data",
+    "interrupts",
+    "progress",
+    "curves",
+    "run_folder",
+    "processes",
+    "chatter",
+}
 HELPERS = {"recorder": "train", "tables": "cli"}  # parts of a room that stand beside it
 METHOD_HOMES = {"adapters/cera.py", "adapters/aurora.py", "adapters/stella.py", "adapters/__init__.py"}
 METHOD_HOMES |= {"tuner/methods.py", "__init__.py"}

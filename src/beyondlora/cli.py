@@ -5,7 +5,6 @@ Exit codes: 0 done; 1 stopped (the loss became nan), or a bug, which shows its t
 """
 
 import json
-import logging
 import os
 import sys
 import warnings
@@ -19,7 +18,7 @@ import yaml
 from rich.console import Console
 from rich.markup import escape
 
-from . import __version__
+from . import __version__, chatter  # noqa: F401  (which works by being imported)
 from .recipe import Recipe
 from .run_folder import RunFolder
 from .tables import show_analysis, show_figures, show_gap
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     from .progress import Progress
 
 INTERRUPTED = 130
-CHATTY = ("torch.utils._pytree", "bitsandbytes.backends.cpu.ops", "torchao")  # warn whenever PEFT is imported
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 messages = Console(stderr=True)  # messages and progress; results alone go to stdout
 
@@ -42,8 +40,6 @@ Overrides = Annotated[
 
 def main() -> None:
     """Run the command line; never returns."""
-    for name in CHATTY:
-        logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.ERROR)  # of its own, no child's
     try:
         app()
     except KeyboardInterrupt:  # before a command has begun

@@ -52,7 +52,7 @@ def side_by_side(
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context: Any = multiprocessing.get_context(method)
     if method == "forkserver":
-        context.set_forkserver_preload([function.__module__])
+        context.set_forkserver_preload([f"{__package__}.chatter", function.__module__])
     steps = context.Array("i", [NOT_BEGUN] * max(len(tasks), 1))
     waiting = list(range(len(tasks)))[::-1]
     running: dict[Any, tuple[int, Any]] = {}  # its end of the pipe -> (task number, process)

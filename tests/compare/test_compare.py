@@ -231,6 +231,20 @@ def test_a_script_without_the_guard_of_its_own_start_is_told_so(tmp_path):
     assert "[(" not in ended.stdout
 
 
+def test_workers_say_nothing_of_what_they_import(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import beyondlora.chatter\n"
+        "from beyondlora.compare.runs import train_and_measure\n"
+        "from beyondlora.workers import side_by_side\n"
+        "if __name__ == '__main__':\n"
+        "    print(list(side_by_side(train_and_measure, [(None, None)])))\n"
+    )
+    ended = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert "AttributeError" in ended.stdout  # there is no run to take; the worker has come that far
+    assert ended.stderr == ""
+
+
 # Refused -------------------------------------------------------------------------------------------------------------
 
 

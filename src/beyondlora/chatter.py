@@ -1,0 +1,12 @@
+"""Keeps off the screen what libraries say whenever PEFT is imported, and what has to do with none of our work.
+
+Importing this module does it, for the whole process; to be imported before PEFT. The command line does, and so does the
+server that the workers of `compare` and `demo` are forked from; a program that imports beyondlora keeps its loggers.
+"""
+
+import logging
+
+CHATTY = ("torch.utils._pytree", "bitsandbytes.backends.cpu.ops", "torchao")
+
+for _name in CHATTY:
+    logging.getLogger(_name).addFilter(lambda record: record.levelno >= logging.ERROR)  # of its own lines, no child's
