@@ -368,6 +368,27 @@ def test_what_would_squash_all_others_is_left_off_the_scale_and_said(outcome, go
         assert len(figure.axes[0].texts) == texts
 
 
+@pytest.mark.parametrize(("option", "joined"), [({"r": [2, 8]}, "-"), ({"lora_dropout": [0.0, 0.1]}, "None")], ids=str)
+def test_points_are_joined_where_a_method_grows_and_not_across_its_options(option, joined, tmp_path):
+    mapping = {
+        "task": "causal-lm",
+        "model_name_or_path": "demo",
+        "output_dir": str(tmp_path),
+        "dataset_name": "text.txt",
+        "grid": {
+            "methods": {"LoRA": {"peft_type": "LORA", **option}},
+            "learning_rate": [1e-3],
+            "seed": [0, 1],
+            "test_fraction": 0.1,
+        },
+    }
+    grid, draw = Grid.from_mapping(mapping), np.random.default_rng(0)
+    outcome = outcome_of(grid, [line(run, draw.normal(2, 0.3, size=40), draw) for run in grid.runs], title="joined")
+    for part in (pictures._parameters, pictures._seconds, pictures._memory):
+        _, figure = part(outcome, {"LoRA": "blue"})
+        assert [drawn.get_linestyle() for drawn in figure.axes[0].lines if len(drawn.get_xdata()) == 2][:1] == [joined]
+
+
 def test_a_picture_grows_with_its_legend(outcome):
     _, short = pictures._parameters(outcome, pictures._colors(outcome))
     arms = [dataclasses.replace(outcome.arms[0], method=f"method number {number}") for number in range(9)]

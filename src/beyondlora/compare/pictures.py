@@ -104,14 +104,17 @@ def _memory(outcome: Outcome, colors: Mapping[str, str]) -> Drawn:
 
 
 def _against(outcome: Outcome, colors: Mapping[str, str], key: str, label: str, caption: str, unit: float = 1) -> Drawn:
-    """One point an arm, ± its seeds; a line through the arms of a method."""
+    """One point an arm, ± its seeds; a line through the arms of a method that grows from one to the next."""
     figure, axes = _figure()
     drawn: list[tuple[float, float, str, str]] = []
     for method, arms in _by_method(outcome):
         points = sorted(((arm.mean_of(key) / unit, arm.figures, arm.name) for arm in arms), key=lambda point: point[0])
         x, y = [at for at, _, _ in points], [float(values.mean()) for _, values, _ in points]
         spread = [values.std(ddof=1) if len(values) > 1 else 0 for _, values, _ in points]
-        axes.errorbar(x, y, yerr=spread, color=colors[method], marker="o", markersize=5, linewidth=1.2, label=method)
+        sizes = {arm.mean_of("trainable_parameters") for arm in arms}
+        line = "-" if len(sizes) == len(arms) else "none"  # starts and other options have no order
+        style = {"color": colors[method], "linestyle": line, "linewidth": 1.2, "label": method}
+        axes.errorbar(x, y, yerr=spread, marker="o", markersize=5, **style)
         drawn += [(at, value, name, colors[method]) for at, value, (_, _, name) in zip(x, y, points, strict=True)]
     if not drawn:
         return None
