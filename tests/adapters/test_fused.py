@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from beyondlora.adapters import Adapter
+from beyondlora.adapters.dropout import draw_mask
 from beyondlora.adapters.fused import BaseAndDown, Down
-from beyondlora.adapters.products import keep_mask
 
 every_row = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
 some_rows = pytest.mark.parametrize("name", ["lora", "cera-silu", "aurora-pooled-tanh", "stella-dense"])
@@ -65,7 +65,7 @@ def test_says_without_memory_what_it_would_make(row: Row) -> None:
 
 def test_a_mask_is_drawn_at_once_where_launches_cost() -> None:
     with Launches() as launches:
-        keep_mask(torch.empty(4096, 64, device="meta"), 0.1)
+        draw_mask(torch.empty(4096, 64, device="meta"), 0.1)
     assert launches.count == 2
 
 
@@ -145,38 +145,94 @@ def test_gradcheck(row: Row) -> None:
 # ------------------------------------------------------------------------------------------------ input dropout
 
 
+each_mask = pytest.mark.parametrize("p", [0.1, 0.4], ids=["positions", "bits"])
+
+
+def kept(like: Tensor, mask: Tensor) -> Tensor:
+    """What a mask keeps, as ones and zeros of the input's shape."""
+    if mask.dtype == torch.bool:
+        return mask.view(like.shape).double()
+    ones = torch.ones(like.numel(), dtype=torch.float64)
+    ones[mask.long()] = 0
+    return ones.view(like.shape)
+
+
+@each_mask
 @pytest.mark.parametrize("lead", [(3,), (), (2, 300), (0, 4)])
-def test_dropped_linear_equals_the_equation_with_its_mask(lead: tuple[int, ...]) -> None:
+def test_dropped_linear_equals_the_equation_with_its_mask(lead: tuple[int, ...], p: float) -> None:
     x, W, upstream = fresh(*lead, 6).requires_grad_(), fresh(2, 6).requires_grad_(), fresh(*lead, 2)
-    keep, share = keep_mask(x, 0.4)
-    z = Down.apply(x, W, keep, share)
-    expected = (x * keep.view(x.shape) / share) @ W.mT
+    mask, share = draw_mask(x, p)
+    z = Down.apply(x, W, mask, share)
+    expected = (x * kept(x, mask) / share) @ W.mT
     torch.testing.assert_close(z, expected, rtol=1e-12, atol=1e-12)
     gradients = torch.autograd.grad(z, (x, W), upstream), torch.autograd.grad(expected, (x, W), upstream)
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
 
 
+@each_mask
 @pytest.mark.parametrize("lead", [(3,), (2, 300)])
-def test_base_and_dropped_down_equal_the_equations_with_the_mask(lead: tuple[int, ...]) -> None:
+def test_base_and_dropped_down_equal_the_equations_with_the_mask(lead: tuple[int, ...], p: float) -> None:
     x, W0, b, W = fresh(*lead, 6).requires_grad_(), fresh(5, 6), fresh(5), fresh(2, 6).requires_grad_()
-    keep, share = keep_mask(x, 0.4)
-    mine = BaseAndDown.apply(x, W0, b, W, keep, share)
-    expected = x @ W0.mT + b, (x * keep.view(x.shape) / share) @ W.mT
+    mask, share = draw_mask(x, p)
+    mine = BaseAndDown.apply(x, W0, b, W, mask, share)
+    expected = x @ W0.mT + b, (x * kept(x, mask) / share) @ W.mT
     torch.testing.assert_close(mine, expected, rtol=1e-12, atol=1e-12)
     upstream = fresh(*lead, 5), fresh(*lead, 2)
     gradients = torch.autograd.grad(mine, (x, W), upstream), torch.autograd.grad(expected, (x, W), upstream)
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("p", [0.001, 0.05, 0.5, 0.99])
+@each_mask
+def test_a_narrower_input_is_dropped_from_too(p: float) -> None:
+    """A bfloat16 layer with a float32 adapter: sums in float32, the gradient of x in bfloat16."""
+    x, W0, W = fresh(600, 6).bfloat16().requires_grad_(), fresh(5, 6).bfloat16(), fresh(2, 6).float().requires_grad_()
+    mask, share = draw_mask(x, p)
+    mine = BaseAndDown.apply(x, W0, None, W, mask, share)
+    expected = x @ W0.mT, (x.float() * kept(x, mask).float() / share) @ W.mT
+    torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-5)
+    upstream = torch.zeros(600, 5, dtype=torch.bfloat16), fresh(600, 2).float()
+    gradients = torch.autograd.grad(mine, (x, W), upstream), torch.autograd.grad(expected, (x, W), upstream)
+    assert gradients[0][0].dtype == torch.bfloat16
+    torch.testing.assert_close(*gradients, rtol=1e-2, atol=1e-5)
+
+
+@pytest.mark.parametrize("p", [0.001, 0.05, 0.2, 0.5, 0.99])
 def test_the_mask_keeps_its_share_independently(p: float) -> None:
     torch.manual_seed(0)
-    keep, share = keep_mask(torch.empty(1000, 1001), p)
-    n = keep.numel()
+    x = torch.empty(1000, 1001)
+    mask, share = draw_mask(x, p)
+    keep, n = kept(x, mask), x.numel()
     assert share == pytest.approx(1 - p, abs=2**-17)
-    assert keep.float().mean().item() == pytest.approx(share, abs=5 * (share * (1 - share) / n) ** 0.5)
-    neighbours = torch.corrcoef(keep.view(-1).float().unfold(0, 8, 8).mT)  # eight entries share two random words
+    assert keep.mean().item() == pytest.approx(share, abs=5 * (share * (1 - share) / n) ** 0.5)
+    neighbours = torch.corrcoef(keep.view(-1)[: n // 8 * 8].view(-1, 8).mT)  # eight entries share two random words
     assert (neighbours - torch.eye(8)).abs().max() < 5 * (8 / n) ** 0.5
+
+
+@pytest.mark.parametrize(("n", "p"), [(1, 0.2), (2, 0.2), (7, 0.05), (40, 0.1)])
+def test_every_position_is_dropped_as_often_as_another(n: int, p: float) -> None:
+    torch.manual_seed(0)
+    times, rounds = torch.zeros(n), 20_000
+    for _ in range(rounds):
+        times[draw_mask(torch.empty(n), p)[0].long()] += 1
+    assert ((times / rounds - p).abs() < 5 * (p * (1 - p) / rounds) ** 0.5).all()
+
+
+def test_positions_are_drawn_until_the_input_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However small the gaps drawn at first: here all of them are, and positions one after the other."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "uniform_", Tensor.zero_)
+        assert draw_mask(torch.empty(1000), 0.01)[0].tolist() == list(range(1000))
+    assert draw_mask(torch.empty(0, 4), 0.01)[0].tolist() == []
+    assert len(draw_mask(torch.empty(1000), 1e-300)[0]) == 0
+
+
+def test_positions_say_what_int32_cannot() -> None:
+    huge = torch.empty(1).expand(2**31)
+    mask, _ = draw_mask(huge, 1e-6)
+    assert mask.dtype == torch.int64
+    assert len(mask) == pytest.approx(2**31 * 1e-6, abs=5 * 2147**0.5)
+    assert mask.diff().min() > 0
+    assert draw_mask(huge[1:], 1e-6)[0].dtype == torch.int32
 
 
 def test_dropout_follows_torchs_seed_and_stops_in_eval() -> None:
@@ -190,20 +246,22 @@ def test_dropout_follows_torchs_seed_and_stops_in_eval() -> None:
     torch.testing.assert_close(adapter.eval().add_to(y, x), adapter(x), rtol=1e-12, atol=1e-12)
 
 
-def test_dropout_has_a_second_derivative() -> None:
+@each_mask
+def test_dropout_has_a_second_derivative(p: float) -> None:
     x, W0, W = fresh(4, 6).requires_grad_(), fresh(5, 6), fresh(2, 6).requires_grad_()
-    keep, share = keep_mask(x, 0.4)
-    assert torch.autograd.gradgradcheck(lambda x, W: Down.apply(x, W, keep, share), (x, W))
-    assert torch.autograd.gradgradcheck(lambda x, W: BaseAndDown.apply(x, W0, None, W, keep, share), (x, W))
+    mask, share = draw_mask(x, p)
+    assert torch.autograd.gradgradcheck(lambda x, W: Down.apply(x, W, mask, share), (x, W))
+    assert torch.autograd.gradgradcheck(lambda x, W: BaseAndDown.apply(x, W0, None, W, mask, share), (x, W))
 
 
-def test_dropout_keeps_no_second_copy_of_the_input() -> None:
-    adapter = Adapter(down=nn.Linear(64, 2, bias=False), up=nn.Linear(2, 8, bias=False), dropout=0.1).train()
-    x, kept = torch.randn(100, 64), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+@pytest.mark.parametrize(("p", "mask_bytes"), [(0.4, 100 * 64 + 1), (0.05, 4 * 100 * 64 * 0.08)])
+def test_dropout_keeps_no_second_copy_of_the_input(p: float, mask_bytes: float) -> None:
+    adapter = Adapter(down=nn.Linear(64, 2, bias=False), up=nn.Linear(2, 8, bias=False), dropout=p).train()
+    x, saved = torch.randn(100, 64), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         adapter.add_to(torch.zeros(100, 8), x, overwrite=True)
-    extra = sum(t.nbytes for t in kept if t.data_ptr() != x.data_ptr())
-    assert extra < 100 * 64 + 4 * (2 * 100 + 2 * 64 + 2 * 8 + 2 * 100)  # the mask's bytes, and what is R wide
+    extra = sum(t.nbytes for t in saved if t.data_ptr() != x.data_ptr())
+    assert extra < mask_bytes + 4 * (2 * 100 + 2 * 64 + 2 * 8 + 2 * 100)  # and what is R wide
 
 
 # ------------------------------------------------------------------------------------------------ PyTorch's other modes

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 
 from ..manifold.linear import StiefelLinear
-from .products import add_product_, add_widened_, flat, keep_mask, masked, narrow, weight_gradient
+from .dropout import draw_mask
+from .products import add_product_, add_widened_, flat, masked, narrow, weight_gradient
 
 LINEAR = (nn.Linear.forward, StiefelLinear.forward)
 
@@ -42,8 +43,8 @@ def base_and_down(x_TN: Tensor, base: nn.Module, down: nn.Module, dropout: nn.Mo
     x_TN, W_MN, A_RN, *biases = as_autocast(x_TN, x_TN, base.weight, down.weight, *biases)
     if x_TN.dtype != W_MN.dtype or not widens(x_TN.dtype, A_RN.dtype):
         return None
-    keep_TN, share = drawn_mask(dropout, x_TN)
-    return BaseAndDown.apply(x_TN, W_MN, biases[0] if biases else None, A_RN, keep_TN, share)
+    mask, share = drawn_mask(dropout, x_TN)
+    return BaseAndDown.apply(x_TN, W_MN, biases[0] if biases else None, A_RN, mask, share)
 
 
 def dropped_linear(x_TN: Tensor, down: nn.Module, dropout: nn.Module) -> Tensor:
@@ -53,12 +54,12 @@ def dropped_linear(x_TN: Tensor, down: nn.Module, dropout: nn.Module) -> Tensor:
     cast_TN, A_RN = as_autocast(x_TN, x_TN, down.weight)
     if cast_TN.dtype != A_RN.dtype:
         return down(dropout(x_TN))
-    keep_TN, share = drawn_mask(dropout, cast_TN)
-    if keep_TN is None and type(dropout) is not nn.Identity:
+    mask, share = drawn_mask(dropout, cast_TN)
+    if mask is None and type(dropout) is not nn.Identity:
         cast_TN = dropout(cast_TN)
     if torch.is_grad_enabled():
-        return Down.apply(cast_TN, A_RN, keep_TN, share)
-    return over(share, narrow(cast_TN, A_RN, keep_TN))
+        return Down.apply(cast_TN, A_RN, mask, share)
+    return over(share, narrow(cast_TN, A_RN, mask))
 
 
 def add_up(y_TM: Tensor, h_TR: Tensor, up: nn.Module, scaling: float, *, overwrite: bool = False) -> Tensor:
@@ -89,44 +90,44 @@ def add_up(y_TM: Tensor, h_TR: Tensor, up: nn.Module, scaling: float, *, overwri
 
 
 class BaseAndDown(torch.autograd.Function):
-    """x W0ᵀ + b and (x ∘ keep) Aᵀ / share. Saves x, the weights and the mask; x's gradient is one array."""
+    """x W0ᵀ + b and (x ∘ mask) Aᵀ / share. Saves x, the weights and the mask; x's gradient is one array."""
 
     @staticmethod
     def forward(
-        ctx: Any, x_TN: Tensor, W_MN: Tensor, b_M: Tensor | None, A_RN: Tensor, keep_TN: Tensor | None, share: float
+        ctx: Any, x_TN: Tensor, W_MN: Tensor, b_M: Tensor | None, A_RN: Tensor, mask: Tensor | None, share: float
     ) -> tuple[Tensor, Tensor]:
         """Two products."""
-        ctx.save_for_backward(x_TN, W_MN, A_RN, keep_TN)
+        ctx.save_for_backward(x_TN, W_MN, A_RN, mask)
         ctx.share = share
-        return F.linear(x_TN, W_MN, b_M), over(share, narrow(x_TN, A_RN, keep_TN))
+        return F.linear(x_TN, W_MN, b_M), over(share, narrow(x_TN, A_RN, mask))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """The branch's part of x's gradient is added into the base layer's."""
-        x_TN, W_MN, A_RN, keep_TN = ctx.saved_tensors
+        x_TN, W_MN, A_RN, mask = ctx.saved_tensors
         g_TM, g_TR = gradients[0], over(ctx.share, gradients[1])
-        dx_TN = input_gradient(x_TN, g_TR, A_RN, keep_TN, base=(g_TM, W_MN)) if ctx.needs_input_grad[0] else None
-        dA_RN = weight_gradient(g_TR, x_TN, keep_TN) if ctx.needs_input_grad[3] else None
+        dx_TN = input_gradient(x_TN, g_TR, A_RN, mask, base=(g_TM, W_MN)) if ctx.needs_input_grad[0] else None
+        dA_RN = weight_gradient(g_TR, x_TN, mask) if ctx.needs_input_grad[3] else None
         return dx_TN, None, None, dA_RN, None, None
 
 
 class Down(torch.autograd.Function):
-    """(x ∘ keep) Aᵀ / share by itself, whose gradient of x autograd can add the base layer's to in place."""
+    """(x ∘ mask) Aᵀ / share by itself, whose gradient of x autograd can add the base layer's to in place."""
 
     @staticmethod
-    def forward(ctx: Any, x_TN: Tensor, A_RN: Tensor, keep_TN: Tensor | None, share: float) -> Tensor:
+    def forward(ctx: Any, x_TN: Tensor, A_RN: Tensor, mask: Tensor | None, share: float) -> Tensor:
         """One product."""
-        ctx.save_for_backward(x_TN, A_RN, keep_TN)
+        ctx.save_for_backward(x_TN, A_RN, mask)
         ctx.share = share
-        return over(share, narrow(x_TN, A_RN, keep_TN))
+        return over(share, narrow(x_TN, A_RN, mask))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """`F.linear` would return the gradient of x as a view, and a view is never added to in place."""
-        x_TN, A_RN, keep_TN = ctx.saved_tensors
+        x_TN, A_RN, mask = ctx.saved_tensors
         g_TR = over(ctx.share, gradients[0])
-        dx_TN = input_gradient(x_TN, g_TR, A_RN, keep_TN) if ctx.needs_input_grad[0] else None
-        dA_RN = weight_gradient(g_TR, x_TN, keep_TN) if ctx.needs_input_grad[1] else None
+        dx_TN = input_gradient(x_TN, g_TR, A_RN, mask) if ctx.needs_input_grad[0] else None
+        dA_RN = weight_gradient(g_TR, x_TN, mask) if ctx.needs_input_grad[1] else None
         return dx_TN, dA_RN, None, None
 
 
@@ -169,22 +170,22 @@ def as_autocast(like: Tensor, *operands: Tensor) -> tuple[Tensor, ...]:
 
 
 def input_gradient(
-    x_TN: Tensor, g_TR: Tensor, A_RN: Tensor, keep_TN: Tensor | None, base: tuple[Tensor, Tensor] | None = None
+    x_TN: Tensor, g_TR: Tensor, A_RN: Tensor, mask: Tensor | None, base: tuple[Tensor, Tensor] | None = None
 ) -> Tensor:
-    """(g A) ∘ keep, and beside a base layer (its output's gradient and W0) their product too: one array like x."""
+    """(g A) ∘ mask, and beside a base layer (its output's gradient and W0) their product too: one array like x."""
     if torch.is_grad_enabled():
-        dx_TN = masked(g_TR @ A_RN, keep_TN).to(x_TN.dtype)
+        dx_TN = masked(g_TR @ A_RN, mask).to(x_TN.dtype)
         return dx_TN if base is None else base[0] @ base[1] + dx_TN
     dx_TN = x_TN.new_empty(x_TN.shape)  # `g @ W` may give a view, which autograd never adds to in place
     if base is None:
-        return add_widened_(dx_TN, g_TR, A_RN, keep_TN, beta=0)
+        return add_widened_(dx_TN, g_TR, A_RN, mask, beta=0)
     torch.mm(flat(base[0]), base[1], out=flat(dx_TN))
-    return add_widened_(dx_TN, g_TR, A_RN, keep_TN)
+    return add_widened_(dx_TN, g_TR, A_RN, mask)
 
 
 def drawn_mask(dropout: nn.Module, x_TN: Tensor) -> tuple[Tensor | None, float]:
     """What dropout keeps of x, and the share of it; (None, 1) where it is not at work."""
-    return keep_mask(x_TN, dropout.p) if is_dropping(dropout) else (None, 1.0)
+    return draw_mask(x_TN, dropout.p) if is_dropping(dropout) else (None, 1.0)
 
 
 def widens(dtype: torch.dtype, to: torch.dtype) -> bool:

@@ -1,7 +1,7 @@
 """Products of a tall matrix with a narrow one that make nothing of the tall one's size: what `fused.py` is made of.
 
-A mask or another dtype is applied to a block of rows at a time; sums are in the narrow matrix's dtype. Where gradients
-are recorded (a second derivative) each is its definition.
+A mask (`dropout.py`) or another dtype is applied to a block of rows at a time; sums are in the narrow matrix's dtype.
+Where gradients are recorded (a second derivative) each is its definition.
 
 Legend: T tokens (any leading dimensions), N inputs, M outputs, R rank.
 """
@@ -14,37 +14,43 @@ from torch import Tensor
 BLOCK = 256  # rows a piece: small enough for a cache, large enough for a matrix product
 
 
-def narrow(x_TN: Tensor, A_RN: Tensor, keep_TN: Tensor | None = None) -> Tensor:
-    """(x ∘ keep) Aᵀ in A's dtype, (T, R); x ∘ keep, and x in another dtype, exist a block of rows at a time."""
-    if keep_TN is None and x_TN.dtype == A_RN.dtype:
+def narrow(x_TN: Tensor, A_RN: Tensor, mask: Tensor | None = None) -> Tensor:
+    """(x ∘ mask) Aᵀ in A's dtype, (T, R); x ∘ mask, and x in another dtype, exist a block of rows at a time."""
+    if mask is None and x_TN.dtype == A_RN.dtype:
         # The narrow matrix first: the other order is slower (docs/speed.md). Contiguous: dropout draws another mask for
         # another layout, and a recomputed forward pass must draw the same.
         return (A_RN @ flat(x_TN).mT).mT.contiguous().view(*x_TN.shape[:-1], A_RN.shape[0])
     if torch.is_grad_enabled():
-        return masked(x_TN, keep_TN).to(A_RN.dtype) @ A_RN.mT
+        return masked(x_TN, mask).to(A_RN.dtype) @ A_RN.mT
     z_TR = A_RN.new_empty(*x_TN.shape[:-1], A_RN.shape[0])
-    for rows in blocks(x_TN):
-        torch.mm(masked(flat(x_TN), keep_TN, rows).to(A_RN.dtype), A_RN.mT, out=flat(z_TR)[rows])
+    for rows, block in masked_blocks(x_TN, mask, A_RN.dtype):
+        torch.mm(block, A_RN.mT, out=flat(z_TR)[rows])
     return z_TR
 
 
-def weight_gradient(g_TR: Tensor, x_TN: Tensor, keep_TN: Tensor | None = None) -> Tensor:
-    """gᵀ (x ∘ keep) in g's dtype, (R, N)."""
-    if torch.is_grad_enabled() or (keep_TN is None and g_TR.dtype == x_TN.dtype):
-        return flat(g_TR).mT @ flat(masked(x_TN, keep_TN)).to(g_TR.dtype)
+def weight_gradient(g_TR: Tensor, x_TN: Tensor, mask: Tensor | None = None) -> Tensor:
+    """gᵀ (x ∘ mask) in g's dtype, (R, N)."""
+    if torch.is_grad_enabled() or (mask is None and g_TR.dtype == x_TN.dtype):
+        return flat(g_TR).mT @ flat(masked(x_TN, mask)).to(g_TR.dtype)
     sum_RN = g_TR.new_zeros(g_TR.shape[-1], x_TN.shape[-1])
-    for rows in blocks(x_TN):
-        sum_RN.addmm_(flat(g_TR)[rows].mT, masked(flat(x_TN), keep_TN, rows).to(g_TR.dtype))
+    for rows, block in masked_blocks(x_TN, mask, g_TR.dtype):
+        sum_RN.addmm_(flat(g_TR)[rows].mT, block)
     return sum_RN
 
 
-def add_widened_(dx_TN: Tensor, g_TR: Tensor, A_RN: Tensor, keep_TN: Tensor | None, beta: float = 1) -> Tensor:
-    """dx ← beta dx + (g A) ∘ keep, for beta 0 or 1."""
-    if keep_TN is None and dx_TN.dtype == A_RN.dtype:
+def add_widened_(dx_TN: Tensor, g_TR: Tensor, A_RN: Tensor, mask: Tensor | None, beta: float = 1) -> Tensor:
+    """dx ← beta dx + (g A) ∘ mask, for beta 0 or 1 and a dx that is contiguous."""
+    if mask is not None and mask.dtype != torch.bool:
+        dropped = mask.long()
+        untouched = dx_TN.view(-1)[dropped] if beta else dx_TN.new_zeros(dropped.shape)
+        add_widened_(dx_TN, g_TR, A_RN, None, beta).view(-1).index_copy_(0, dropped, untouched)
+        return dx_TN
+    if mask is None and dx_TN.dtype == A_RN.dtype:
         flat(dx_TN).addmm_(flat(g_TR), A_RN, beta=beta)
         return dx_TN
     for rows in blocks(dx_TN):
-        part = masked(flat(g_TR)[rows] @ A_RN, None if keep_TN is None else keep_TN[rows])
+        part = flat(g_TR)[rows] @ A_RN
+        part = part if mask is None else torch.where(mask[rows], part, 0)
         flat(dx_TN)[rows] = part if beta == 0 else flat(dx_TN)[rows] + part
     return dx_TN
 
@@ -60,24 +66,29 @@ def add_product_(y_TM: Tensor, h_TR: Tensor, W_MR: Tensor, scaling: float) -> Te
     return y_TM
 
 
-def keep_mask(like_TN: Tensor, p: float) -> tuple[Tensor, float]:
-    """A random mask (T, N) of the entries to keep, and the share of them expected: 1 − p to 16 bits.
-
-    Sixteen random bits an entry, compared with a threshold: a third of the time of `bernoulli_`, which draws one number
-    after the other.
-    """
-    dropped = min(max(round(p * 2**16), 1), 2**16 - 1)
-    keep_TN = torch.empty(flat(like_TN).shape, dtype=torch.bool, device=like_TN.device)
-    for block in blocks(keep_TN):
-        rows = keep_TN[block]
-        words = torch.empty((rows.numel() + 3) // 4, dtype=torch.int64, device=rows.device).random_(-(2**63), None)
-        torch.ge(words.view(torch.int16)[: rows.numel()].view(rows.shape), dropped - 2**15, out=rows)
-    return keep_TN, 1 - dropped / 2**16
+def masked(x_TN: Tensor, mask: Tensor | None) -> Tensor:
+    """x ∘ mask."""
+    if mask is None:
+        return x_TN
+    if mask.dtype == torch.bool:
+        return torch.where(mask.view(x_TN.shape), x_TN, 0)
+    return x_TN.reshape(-1).index_fill(0, mask.long(), 0).view(x_TN.shape)
 
 
-def masked(x: Tensor, keep_TN: Tensor | None, rows: slice = slice(None)) -> Tensor:
-    """x ∘ keep, of some rows."""
-    return x[rows] if keep_TN is None else torch.where(keep_TN[rows].view(x[rows].shape), x[rows], 0)
+def masked_blocks(x_TN: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks of rows of x ∘ mask in another dtype, each good until the next is asked for; and which rows."""
+    x_flat = flat(x_TN)
+    if mask is None or mask.dtype == torch.bool:
+        for rows in blocks(x_TN):
+            yield rows, (x_flat[rows] if mask is None else torch.where(mask[rows], x_flat[rows], 0)).to(dtype)
+        return
+    buffer = x_TN.new_empty((min(BLOCK, len(x_flat)), x_flat.shape[1]), dtype=dtype)
+    for rows in blocks(x_TN):
+        start, end = rows.start * x_flat.shape[1], min(rows.stop * x_flat.shape[1], x_flat.numel())
+        first, last = torch.searchsorted(mask, mask.new_tensor([start, end])).tolist()
+        block = buffer[: len(x_flat[rows])].copy_(x_flat[rows])
+        block.view(-1).index_fill_(0, mask[first:last].long() - start, 0)
+        yield rows, block
 
 
 def blocks(x_TN: Tensor) -> Iterator[slice]:
