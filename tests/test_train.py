@@ -296,9 +296,10 @@ def test_resuming_with_other_data_is_refused(recipe, house, process, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [{"resume": True}, {"overwrite": True}], ids=str)
-def test_a_run_that_is_still_at_work_is_neither_resumed_nor_deleted(flags, recipe, process, tmp_path):
+def test_a_run_that_is_still_at_work_is_neither_resumed_nor_deleted(flags, recipe, process, tmp_path, monkeypatch):
     assert process(small_runs.train_and_die, recipe(), 150, False) == -signal.SIGKILL
-    with alone_in(tmp_path / "run", "run"):
+    with alone_in(tmp_path / "run", "run"), monkeypatch.context() as patch:
+        patch.setattr(beyondlora.train.data, "read_splits", lambda _: pytest.fail("read data before it looked"))
         before = snapshot(tmp_path / "run")
         with pytest.raises(BlockingIOError, match="another run is at work"):
             train(recipe(), **flags)

@@ -229,6 +229,13 @@ def alone_in(folder: Path, work: str) -> Iterator[None]:
         ) from None
 
 
+def refuse_if_busy(folder: Path, work: str) -> None:
+    """Raise what `alone_in` would where another process holds the folder, before any long preparation."""
+    if (folder / LOCK).exists():
+        with alone_in(folder, work):
+            pass
+
+
 # --- looking ---------------------------------------------------------------------------------------------------------
 
 

@@ -25,7 +25,7 @@ from .measure import Measurements, as_dict
 from .progress import Progress
 from .recipe import Recipe
 from .recorder import Recorder
-from .run_folder import RunFolder, alone_in, environment, write_json, write_text
+from .run_folder import RunFolder, alone_in, environment, refuse_if_busy, write_json, write_text
 
 SAME_NAMES = (  # in a recipe as in TrainingArguments
     "learning_rate",
@@ -67,6 +67,8 @@ def train(
     progress = progress or Progress()
     config, run, arguments = config_from(recipe), RunFolder(recipe.output_dir), _training_arguments(recipe)
     run.claim(resume=resume, overwrite=overwrite)
+    if PartialState().is_main_process:
+        refuse_if_busy(run.path, "run")
     PartialState().wait_for_everyone()  # several processes: nobody writes before all have looked
     if resume and run.recipe.exists():
         _check_same_recipe(recipe, run)
