@@ -14,7 +14,7 @@ from launches import Launches
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from beyondlora.adapters import Adapter
+from beyondlora.adapters import Adapter, CeraAdapter
 from beyondlora.adapters.dropout import draw_mask
 from beyondlora.adapters.fused import BaseAndDown, Down
 
@@ -455,8 +455,67 @@ def test_nothing_of_the_inputs_or_the_outputs_size_is_kept_but_x(name: str) -> N
 def test_the_input_gets_one_gradient_and_not_two() -> None:
     adapter, base, x = ROWS["cera-silu"].build(6, 5, 3), frozen(5, 6), fresh(4, 6).requires_grad_()
     y = together(adapter, base, x)  # torch 2.9 forgets the function of a result that is gone
-    assert type(y.grad_fn).__name__ == "AddProductBackward"
+    assert type(y.grad_fn).__name__ == "AddHiddenBackward"
     assert type(y.grad_fn.next_functions[0][0]).__name__ == "BaseAndDownBackward"
+
+
+@each_mask
+def test_bottleneck_dropout_equals_the_equation_with_its_mask(p: float) -> None:
+    adapter, base, x = CeraAdapter(6, 5, 3, dropout=p, noop_start=False).double().train(), frozen(5, 6), fresh(400, 6)
+    upstream = fresh(400, 5)
+
+    def by_equation(adapter: Adapter, base: nn.Linear, x: Tensor) -> Tensor:
+        z = adapter.down(x)
+        mask, share = draw_mask(z, p)
+        return base(x) + adapter.up(nn.functional.silu(z) * kept(z, mask) / share) * adapter.scaling
+
+    def seeded(way: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda *arguments: [torch.manual_seed(6), way(*arguments)][1]
+
+    mine = gradients(seeded(together), adapter, base, x, upstream)
+    expected = gradients(seeded(by_equation), adapter, base, x, upstream)
+    torch.testing.assert_close(mine, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("name", "most"), [("cera-silu", 1.2), ("stella-dense", 1.01), ("stella-diagonal", 1.01)])
+def test_of_what_is_as_wide_as_the_rank_one_array_is_kept(name: str, most: float) -> None:
+    """As beside PEFT's LoRA: at large R that is what an adapter costs."""
+    adapter, base = ROWS[name].build(64, 48, 32, dropout=0.1).float().train(), frozen(48, 64).float()
+    x, saved = torch.randn(1000, 64, requires_grad=True), {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.update({t.data_ptr(): t}) or t, lambda t: t):
+        together(adapter, base, x)
+    own = {x.data_ptr(), *(p.data_ptr() for module in (adapter, base) for p in module.parameters())}
+    mask_bytes = 0 if name == "cera-silu" else max(t.nbytes for t in saved.values() if t.dtype == torch.int32)
+    extra = sum(t.nbytes for pointer, t in saved.items() if pointer not in own) - mask_bytes
+    assert extra <= most * 4 * 1000 * 32
+
+
+@pytest.mark.parametrize("name", ["cera-silu", "stella-dense"])
+@pytest.mark.parametrize("still", ["down", "core", "up", "down core", "core up", "down core up"])
+def test_weights_that_are_frozen_get_no_gradient_and_the_others_theirs(name: str, still: str) -> None:
+    adapter, base, x, upstream = ROWS[name].build(6, 5, 3), frozen(5, 6), fresh(4, 6), fresh(4, 5)
+    for part in still.split():
+        getattr(adapter, part).requires_grad_(False)
+    for way in (together, one_by_one):
+        x.grad = None
+        adapter.zero_grad()
+        way(adapter, base, x.requires_grad_()).backward(upstream)
+        found = [None if p.grad is None else p.grad.clone() for p in (x, *adapter.parameters())]
+        if way is together:
+            mine = found
+    assert [a is None for a in mine] == [b is None for b in found]
+    both = [(a, b) for a, b in zip(mine, found, strict=True) if a is not None]
+    torch.testing.assert_close([a for a, _ in both], [b for _, b in both], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "watched"), [("cera-silu", "core"), ("cera-silu", "activation"), ("stella-dense", "core")]
+)
+def test_a_watched_core_is_called(name: str, watched: str) -> None:
+    adapter, seen = ROWS[name].build(6, 5, 3), []
+    getattr(adapter, watched).register_forward_hook(lambda *_: seen.append(1))
+    together(adapter, frozen(5, 6), fresh(4, 6)).sum().backward()
+    assert len(seen) == 1
 
 
 @pytest.mark.parametrize("row", SMOOTH.values(), ids=SMOOTH)

@@ -80,7 +80,7 @@ class Adapter(nn.Module):
         if started is None:
             return None
         y_TM, z_TR = started
-        return add_up(y_TM, self.core(z_TR), self.up, self.scaling, overwrite=True)
+        return self.finish(y_TM, z_TR)
 
     def add_to(self, y_TM: Tensor, x_TN: Tensor, *, overwrite: bool = False) -> Tensor:
         """y + self(x), in fewer passes over memory (see `beyondlora.adapters.fused`).
@@ -95,6 +95,10 @@ class Adapter(nn.Module):
         if is_brief(y_TM) and not overwrite:
             return torch.add(y_TM, self.up(self.hidden(x_TN)), alpha=self.scaling)
         return add_up(y_TM, self.hidden_fused(x_TN), self.up, self.scaling, overwrite=overwrite)
+
+    def finish(self, y_TM: Tensor, z_TR: Tensor) -> Tensor:
+        """y + s · up(core(z)), written over y."""
+        return add_up(y_TM, self.core(z_TR), self.up, self.scaling, overwrite=True)
 
     def read(self, x_TN: Tensor, weight_RN: Tensor | None = None) -> Tensor:
         """Down-project (..., N), or what `reading` says, to (..., R); with another weight if one is given."""

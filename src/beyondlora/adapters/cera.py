@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from .adapter import Adapter, dropout_layer
+from .fused import AddHidden, drawn_mask, has_hooks, is_dropping, is_nothing, keeps_input_alone, over
+from .products import masked
 from .reading import Reading
 
 NOTHING = nn.Identity()
@@ -90,6 +92,20 @@ class CeraAdapter(Adapter):
     def input_dropout(self) -> nn.Module:
         """None: CeRA's is R wide, behind the activation."""
         return NOTHING
+
+    def finish(self, y_TM: torch.Tensor, z_TR: torch.Tensor) -> torch.Tensor:
+        """See `Adapter.finish`; z and what dropout drops are kept, act(z) is not."""
+        watched = has_hooks(self.core) or has_hooks(self.activation)
+        drops = is_dropping(self.dropout)
+        if watched or not (drops or is_nothing(self.dropout)) or not keeps_input_alone(y_TM, z_TR, self.up):
+            return super().finish(y_TM, z_TR)
+        mask, share = drawn_mask(self.dropout, z_TR)
+
+        def hidden(z_TR: torch.Tensor, *mask: torch.Tensor) -> torch.Tensor:
+            return over(share, masked(self.activation(z_TR), *mask)) if mask else self.activation(z_TR)
+
+        extra = () if mask is None else (mask,)
+        return AddHidden.apply(y_TM, z_TR, self.up.weight, self.scaling, hidden, *extra)
 
     def static_down_weight(self) -> torch.Tensor:
         """act(A): what each column becomes; dropout is no part of it."""

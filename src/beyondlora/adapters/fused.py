@@ -8,6 +8,7 @@ make two more; beside a bfloat16 layer, all of them in float32. Nothing here cha
 Legend: T tokens (any leading dimensions), N inputs, M outputs, R rank.
 """
 
+from collections.abc import Callable, Iterator
 from typing import Any, TypeGuard
 
 import torch
@@ -60,6 +61,13 @@ def dropped_linear(x_TN: Tensor, down: nn.Module, dropout: nn.Module) -> Tensor:
     if torch.is_grad_enabled():
         return Down.apply(cast_TN, A_RN, mask, share)
     return over(share, narrow(cast_TN, A_RN, mask))
+
+
+def keeps_input_alone(y_TM: Tensor, z_TR: Tensor, up: nn.Module) -> bool:
+    """Whether `AddHidden` can write y + s · up(hidden(z)) over y: gradients are wanted, and nobody can notice."""
+    if not (torch.is_grad_enabled() and is_eager() and is_plain_linear(up) and may_overwrite(y_TM)):
+        return False
+    return z_TR.dtype == up.weight.dtype and widens(y_TM.dtype, z_TR.dtype) and not autocasts(y_TM)
 
 
 def add_up(y_TM: Tensor, h_TR: Tensor, up: nn.Module, scaling: float, *, overwrite: bool = False) -> Tensor:
@@ -155,6 +163,49 @@ class AddProduct(torch.autograd.Function):
         return gradients[0], dh_TR, dW_MR, None
 
 
+class AddHidden(torch.autograd.Function):
+    """y + s · hidden(z, *extra) Wᵀ in y's memory, for a `hidden` that is cheap and draws nothing. Saves z, W and extra.
+
+    hidden(z) itself is made again for the gradient: where R is large, what is R wide and kept is what an adapter costs.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y_TM: Tensor,
+        z_TR: Tensor,
+        W_MR: Tensor,
+        scaling: float,
+        hidden: Callable[..., Tensor],
+        *extra: Tensor,
+    ) -> Tensor:
+        """See `AddProduct`."""
+        ctx.save_for_backward(z_TR, W_MR, *extra)
+        ctx.scaling, ctx.hidden = scaling, hidden
+        return add_product_(y_TM.detach(), hidden(z_TR, *extra), W_MR, scaling)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """hidden(z) once more, and its gradient by autograd, in the graph of a second derivative if there is one."""
+        z_TR, W_MR, *extra = ctx.saved_tensors
+        twice = torch.is_grad_enabled()
+        _, needs_z, needs_W, _, _, *needs_extra = ctx.needs_input_grad
+        needs = needs_z, *needs_extra
+        inputs = z_TR, *extra
+        if not twice:
+            inputs = tuple(x.detach().requires_grad_(needed) for x, needed in zip(inputs, needs, strict=True))
+        wanted = [x for x, needed in zip(inputs, needs, strict=True) if needed]
+        with torch.enable_grad():
+            h_TR = ctx.hidden(*inputs)
+        dW_MR = weight_gradient(h_TR if twice else h_TR.detach(), gradients[0]).mT.mul(ctx.scaling) if needs_W else None
+        found: Iterator[Tensor] = iter(())
+        if wanted:
+            dh_TR = narrow(gradients[0], W_MR.mT).mul(ctx.scaling)
+            found = iter(torch.autograd.grad(h_TR, wanted, dh_TR, create_graph=twice))
+        dz_TR, *d_extra = (next(found) if needed else None for needed in needs)
+        return gradients[0], dz_TR, dW_MR, None, None, *d_extra
+
+
 def over(share: float, x_TR: Tensor) -> Tensor:
     """x / share, and x itself for 1."""
     return x_TR if share == 1 else x_TR / share
@@ -162,11 +213,15 @@ def over(share: float, x_TR: Tensor) -> Tensor:
 
 def as_autocast(like: Tensor, *operands: Tensor) -> tuple[Tensor, ...]:
     """The operands of a product as autocast would cast them; themselves without autocast."""
-    device = like.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):  # which knows no meta
+    if not autocasts(like):
         return operands
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(like.device.type)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in operands)
+
+
+def autocasts(like: Tensor) -> bool:
+    """Whether autocast is at work where a tensor lies."""
+    return like.device.type != "meta" and torch.is_autocast_enabled(like.device.type)  # which knows no meta
 
 
 def input_gradient(

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from ..manifold.linear import StiefelLinear
 from ..manifold.stiefel import RETRACTIONS, random_stiefel
 from .adapter import Adapter
+from .fused import AddHidden, has_hooks, keeps_input_alone
 from .reading import Reading
 
 GEOMETRIES = ("stiefel", "euclidean")
@@ -34,7 +35,12 @@ class Dense(nn.Linear):
 
     def forward(self, z_TR: Tensor) -> Tensor:
         """Map (..., R) to (..., R), in the input's dtype: the factors around S stay in float32 when S does not."""
-        return F.linear(z_TR, self.weight.to(z_TR.dtype))
+        return self.product(z_TR, self.weight)
+
+    @staticmethod
+    def product(z_TR: Tensor, S_RR: Tensor) -> Tensor:
+        """z Sᵀ."""
+        return F.linear(z_TR, S_RR.to(z_TR.dtype))
 
 
 class Diagonal(nn.Module):
@@ -53,7 +59,12 @@ class Diagonal(nn.Module):
 
     def forward(self, z_TR: Tensor) -> Tensor:
         """Map (..., R) to (..., R), in the input's dtype."""
-        return z_TR * self.weight.to(z_TR.dtype)
+        return self.product(z_TR, self.weight)
+
+    @staticmethod
+    def product(z_TR: Tensor, S_R: Tensor) -> Tensor:
+        """z diag(S)."""
+        return z_TR * S_R.to(z_TR.dtype)
 
 
 class StellaAdapter(Adapter):
@@ -149,6 +160,12 @@ class StellaAdapter(Adapter):
         )
         kept = slice(0, self.rank) if start == "svd_major" else slice(-self.rank, None)
         return U_MK[:, kept], Vh_KN[kept].mT
+
+    def finish(self, y_TM: Tensor, z_TR: Tensor) -> Tensor:
+        """See `Adapter.finish`; Vᵀ x is kept, S Vᵀ x is not."""
+        if has_hooks(self.core) or not keeps_input_alone(y_TM, z_TR, self.up):
+            return super().finish(y_TM, z_TR)
+        return AddHidden.apply(y_TM, z_TR, self.up.weight, self.scaling, self.core.product, self.core.weight)
 
     def lora_factors(self) -> tuple[Tensor, Tensor]:
         """The LoRA that the adapter equals: s·U·S (M, R) and Vᵀ (R, N). No SVD: the factors are there already."""
