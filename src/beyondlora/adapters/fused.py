@@ -67,7 +67,7 @@ def keeps_input_alone(y_TM: Tensor, z_TR: Tensor, up: nn.Module) -> bool:
     """Whether `AddHidden` can write y + s · up(hidden(z)) over y: gradients are wanted, and nobody can notice."""
     if not (torch.is_grad_enabled() and is_eager() and is_plain_linear(up) and may_overwrite(y_TM)):
         return False
-    return z_TR.dtype == up.weight.dtype and widens(y_TM.dtype, z_TR.dtype) and not autocasts(y_TM)
+    return z_TR.dtype == up.weight.dtype and widens(y_TM.dtype, z_TR.dtype)
 
 
 def add_up(y_TM: Tensor, h_TR: Tensor, up: nn.Module, scaling: float, *, overwrite: bool = False) -> Tensor:
@@ -213,15 +213,11 @@ def over(share: float, x_TR: Tensor) -> Tensor:
 
 def as_autocast(like: Tensor, *operands: Tensor) -> tuple[Tensor, ...]:
     """The operands of a product as autocast would cast them; themselves without autocast."""
-    if not autocasts(like):
+    device = like.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):  # which knows no meta
         return operands
-    dtype = torch.get_autocast_dtype(like.device.type)
+    dtype = torch.get_autocast_dtype(device)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in operands)
-
-
-def autocasts(like: Tensor) -> bool:
-    """Whether autocast is at work where a tensor lies."""
-    return like.device.type != "meta" and torch.is_autocast_enabled(like.device.type)  # which knows no meta
 
 
 def input_gradient(
