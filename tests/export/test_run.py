@@ -79,7 +79,8 @@ def test_a_nonlinear_adapter_is_refused_until_it_is_distilled(exported, house, t
         export(exported / "cera", tmp_path / "lora")
     record = export(exported / "cera", tmp_path / "lora", distil=str(house / "text.txt"))
     base, live, distilled = (loss(record["scores"][name]) for name in ("base", "live", "exported"))
-    assert live < distilled < base  # it keeps a part of what was learned, on rows it was not fitted on
+    assert max(live, distilled) < base
+    assert abs(distilled - live) < (base - live) / 4  # it keeps most of what was learned, on rows it was not fitted on
     assert distilled == loss(lora_scores(tmp_path / "lora", exported / "cera"))
     narrower = export(exported / "cera", tmp_path / "narrow", distil=str(house / "text.txt"), rank=1)
     assert narrower["rank"] == 1

@@ -27,7 +27,7 @@ from .stiefel import polar_retraction, to_tangent
 
 NEAR, ROUNDS = 0.03, 8  # below NEAR one more round leaves 63/256 · NEAR⁵, under float32's rounding
 REACH = 0.9  # from where the rounds converge
-BLOCK = 512  # rows of a product whose sum is to be exact
+BLOCK, SMALL_BLOCK = 512, 64  # rows of a product whose sum is to be exact; of one of fewer than two large blocks
 SIDE_BY_SIDE = 16  # columns below which BLAS runs products at a fraction of its speed
 UNEVEN = 2.0  # mean(λ) · mean(1/λ) of a Gram matrix from which its float32 rounding is felt; 1 for I
 GROWTH, LAST_ROUNDS = 15 / 8, 3  # of a small singular value by a round of fifth order, and from about 1/2 to 1
@@ -117,10 +117,11 @@ def inverse_root(rest_BRR: Tensor) -> tuple[Tensor, Tensor]:
 def gram(A_MR: Tensor) -> Tensor:
     """AᵀA, summed over blocks of rows: in one go float32 loses a digit on a tall matrix."""
     M = A_MR.shape[0]
-    if M < 2 * BLOCK or _rows_side_by_side(A_MR) > 1:
+    block = BLOCK if M >= 2 * BLOCK else SMALL_BLOCK
+    if 2 * block > M or _rows_side_by_side(A_MR) > 1:
         return inner(A_MR, A_MR)
-    whole = M - M % BLOCK
-    blocks = A_MR[:whole].unflatten(0, (-1, BLOCK))
+    whole = M - M % block
+    blocks = A_MR[:whole].unflatten(0, (-1, block))
     total_RR = torch.bmm(blocks.mT, blocks).sum(0)
     return total_RR.addmm_(A_MR[whole:].mT, A_MR[whole:]) if whole < M else total_RR
 
