@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .fused import add_up, base_and_down, dropped_linear
+from .fused import AddHidden, Hidden, add_up, base_and_down, dropped_linear, keeps_input_alone
 from .reading import Reading
 
 FEW = 2**15  # entries that take less time to write twice than to look whether once is enough
@@ -80,7 +80,11 @@ class Adapter(nn.Module):
         if started is None:
             return None
         y_TM, z_TR = started
-        return self.finish(y_TM, z_TR)
+        again = self.hidden_again(z_TR) if keeps_input_alone(y_TM, z_TR, self.up) else None
+        if again is None:
+            return add_up(y_TM, self.core(z_TR), self.up, self.scaling, overwrite=True)
+        hidden, *extra = again
+        return AddHidden.apply(y_TM, z_TR, self.up.weight, self.scaling, hidden, *extra)
 
     def add_to(self, y_TM: Tensor, x_TN: Tensor, *, overwrite: bool = False) -> Tensor:
         """y + self(x), in fewer passes over memory (see `beyondlora.adapters.fused`).
@@ -96,9 +100,13 @@ class Adapter(nn.Module):
             return torch.add(y_TM, self.up(self.hidden(x_TN)), alpha=self.scaling)
         return add_up(y_TM, self.hidden_fused(x_TN), self.up, self.scaling, overwrite=overwrite)
 
-    def finish(self, y_TM: Tensor, z_TR: Tensor) -> Tensor:
-        """y + s · up(core(z)), written over y."""
-        return add_up(y_TM, self.core(z_TR), self.up, self.scaling, overwrite=True)
+    def hidden_again(self, z_TR: Tensor) -> tuple[Hidden, *tuple[Tensor, ...]] | None:
+        """The core as a function of z (..., R) and of tensors, and these tensors: to be called again for the gradient.
+
+        It draws nothing: what dropout drops is drawn here, and one of the tensors. None where the core is dear, does
+        nothing, or is watched by somebody.
+        """
+        return None
 
     def read(self, x_TN: Tensor, weight_RN: Tensor | None = None) -> Tensor:
         """Down-project (..., N), or what `reading` says, to (..., R); with another weight if one is given."""

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .adapter import Adapter, dropout_layer
-from .fused import AddHidden, drawn_mask, has_hooks, is_dropping, is_nothing, keeps_input_alone, over
+from .fused import Hidden, drawn_mask, has_hooks, is_dropping, is_nothing, over
 from .products import masked
 from .reading import Reading
 
@@ -93,19 +93,17 @@ class CeraAdapter(Adapter):
         """None: CeRA's is R wide, behind the activation."""
         return NOTHING
 
-    def finish(self, y_TM: torch.Tensor, z_TR: torch.Tensor) -> torch.Tensor:
-        """See `Adapter.finish`; z and what dropout drops are kept, act(z) is not."""
+    def hidden_again(self, z_TR: torch.Tensor) -> tuple[Hidden, *tuple[torch.Tensor, ...]] | None:
+        """See `Adapter.hidden_again`: act(z) without what dropout drops."""
         watched = has_hooks(self.core) or has_hooks(self.activation)
-        drops = is_dropping(self.dropout)
-        if watched or not (drops or is_nothing(self.dropout)) or not keeps_input_alone(y_TM, z_TR, self.up):
-            return super().finish(y_TM, z_TR)
+        if watched or not (is_dropping(self.dropout) or is_nothing(self.dropout)):
+            return None
         mask, share = drawn_mask(self.dropout, z_TR)
 
-        def hidden(z_TR: torch.Tensor, *mask: torch.Tensor) -> torch.Tensor:
-            return over(share, masked(self.activation(z_TR), *mask)) if mask else self.activation(z_TR)
+        def hidden(z_TR: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+            return over(share, masked(self.activation(z_TR), mask))
 
-        extra = () if mask is None else (mask,)
-        return AddHidden.apply(y_TM, z_TR, self.up.weight, self.scaling, hidden, *extra)
+        return (hidden,) if mask is None else (hidden, mask)
 
     def static_down_weight(self) -> torch.Tensor:
         """act(A): what each column becomes; dropout is no part of it."""

@@ -1,4 +1,4 @@
-"""Which entries of a layer's input dropout drops, drawn with few random numbers and kept in few bytes.
+"""Which entries dropout drops, of a layer's input or of a bottleneck: drawn with few random numbers, kept in few bytes.
 
 A mask is one of two tensors. On a CPU, for the small probabilities of fine-tuning: the positions (D,) of the entries
 dropped in x seen as one row, ascending, int32 where that suffices. The gaps between them are geometric, so p numbers an

@@ -8,7 +8,7 @@ make two more; beside a bfloat16 layer, all of them in float32. Nothing here cha
 Legend: T tokens (any leading dimensions), N inputs, M outputs, R rank.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeGuard
 
 import torch
@@ -22,6 +22,7 @@ from .dropout import draw_mask
 from .products import add_product_, add_widened_, flat, masked, narrow, weight_gradient
 
 LINEAR = (nn.Linear.forward, StiefelLinear.forward)
+Hidden = Callable[..., Tensor]  # of z (T, R) and other tensors: what the up-projection sees, (T, R)
 
 
 def base_and_down(x_TN: Tensor, base: nn.Module, down: nn.Module, dropout: nn.Module) -> tuple[Tensor, Tensor] | None:
@@ -176,7 +177,7 @@ class AddHidden(torch.autograd.Function):
         z_TR: Tensor,
         W_MR: Tensor,
         scaling: float,
-        hidden: Callable[..., Tensor],
+        hidden: Hidden,
         *extra: Tensor,
     ) -> Tensor:
         """See `AddProduct`."""
@@ -194,15 +195,15 @@ class AddHidden(torch.autograd.Function):
         inputs = z_TR, *extra
         if not twice:
             inputs = tuple(x.detach().requires_grad_(needed) for x, needed in zip(inputs, needs, strict=True))
-        wanted = [x for x, needed in zip(inputs, needs, strict=True) if needed]
         with torch.enable_grad():
             h_TR = ctx.hidden(*inputs)
-        dW_MR = weight_gradient(h_TR if twice else h_TR.detach(), gradients[0]).mT.mul(ctx.scaling) if needs_W else None
-        found: Iterator[Tensor] = iter(())
+        dW_MR = weight_gradient(h_TR, gradients[0]).mT.mul(ctx.scaling) if needs_W else None
+        wanted, found = [i for i, needed in enumerate(needs) if needed], dict[int, Tensor]()
         if wanted:
             dh_TR = narrow(gradients[0], W_MR.mT).mul(ctx.scaling)
-            found = iter(torch.autograd.grad(h_TR, wanted, dh_TR, create_graph=twice))
-        dz_TR, *d_extra = (next(found) if needed else None for needed in needs)
+            made = torch.autograd.grad(h_TR, [inputs[i] for i in wanted], dh_TR, create_graph=twice)
+            found = dict(zip(wanted, made, strict=True))
+        dz_TR, *d_extra = map(found.get, range(len(needs)))
         return gradients[0], dz_TR, dW_MR, None, None, *d_extra
 
 
@@ -235,7 +236,7 @@ def input_gradient(
 
 
 def drawn_mask(dropout: nn.Module, x_TN: Tensor) -> tuple[Tensor | None, float]:
-    """What dropout keeps of x, and the share of it; (None, 1) where it is not at work."""
+    """A mask of what dropout keeps of x, and the share of it; (None, 1) where it is not at work."""
     return draw_mask(x_TN, dropout.p) if is_dropping(dropout) else (None, 1.0)
 
 

@@ -49,8 +49,7 @@ def add_widened_(dx_TN: Tensor, g_TR: Tensor, A_RN: Tensor, mask: Tensor | None,
         flat(dx_TN).addmm_(flat(g_TR), A_RN, beta=beta)
         return dx_TN
     for rows in blocks(dx_TN):
-        part = flat(g_TR)[rows] @ A_RN
-        part = part if mask is None else torch.where(mask[rows], part, 0)
+        part = masked(flat(g_TR)[rows] @ A_RN, None if mask is None else mask[rows])
         flat(dx_TN)[rows] = part if beta == 0 else flat(dx_TN)[rows] + part
     return dx_TN
 
@@ -80,7 +79,7 @@ def masked_blocks(x_TN: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Iter
     x_flat = flat(x_TN)
     if mask is None or mask.dtype == torch.bool:
         for rows in blocks(x_TN):
-            yield rows, (x_flat[rows] if mask is None else torch.where(mask[rows], x_flat[rows], 0)).to(dtype)
+            yield rows, masked(x_flat[rows], None if mask is None else mask[rows]).to(dtype)
         return
     buffer = x_TN.new_empty((min(BLOCK, len(x_flat)), x_flat.shape[1]), dtype=dtype)
     for rows in blocks(x_TN):

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ..manifold.linear import StiefelLinear
 from ..manifold.stiefel import RETRACTIONS, random_stiefel
 from .adapter import Adapter
-from .fused import AddHidden, has_hooks, keeps_input_alone
+from .fused import Hidden, has_hooks
 from .reading import Reading
 
 GEOMETRIES = ("stiefel", "euclidean")
@@ -161,11 +161,9 @@ class StellaAdapter(Adapter):
         kept = slice(0, self.rank) if start == "svd_major" else slice(-self.rank, None)
         return U_MK[:, kept], Vh_KN[kept].mT
 
-    def finish(self, y_TM: Tensor, z_TR: Tensor) -> Tensor:
-        """See `Adapter.finish`; Vᵀ x is kept, S Vᵀ x is not."""
-        if has_hooks(self.core) or not keeps_input_alone(y_TM, z_TR, self.up):
-            return super().finish(y_TM, z_TR)
-        return AddHidden.apply(y_TM, z_TR, self.up.weight, self.scaling, self.core.product, self.core.weight)
+    def hidden_again(self, z_TR: Tensor) -> tuple[Hidden, *tuple[Tensor, ...]] | None:
+        """See `Adapter.hidden_again`: S z."""
+        return None if has_hooks(self.core) else (self.core.product, self.core.weight)
 
     def lora_factors(self) -> tuple[Tensor, Tensor]:
         """The LoRA that the adapter equals: s·U·S (M, R) and Vᵀ (R, N). No SVD: the factors are there already."""
