@@ -4,16 +4,14 @@ The two processes are started once, do everything of `worker`, and leave what th
 """
 
 import json
-import socket
 import warnings
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, distributed, multiprocessing, nn
+from torch import distributed, multiprocessing, nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -22,62 +20,23 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
+from two_processes import (
+    Weights,
+    adamw,
+    alone,
+    assert_close,
+    assert_orthonormal,
+    free_port,
+    model,
+    sgd,
+    sharded,
+    train,
+)
 
-from beyondlora.adapters import StellaAdapter
 from beyondlora.manifold import StiefelLinear, distance_to_stiefel
-
-ROWS = 8
-Weights = dict[str, Tensor]
-
-
-def model(dtype: torch.dtype = torch.float32) -> nn.Sequential:
-    """Factors that halve evenly and not, a rank of 1 that leaves a process nothing of Vᵀ, and a geodesic."""
-    torch.manual_seed(0)
-    return nn.Sequential(
-        StellaAdapter(12, 9, 3, grad_scaling=16.0, dtype=dtype),
-        nn.Tanh(),
-        StellaAdapter(9, 8, 1, dtype=dtype),
-        nn.Tanh(),
-        StellaAdapter(8, 7, 3, retraction="exp_map", dtype=dtype),
-    )
-
-
-def sharded(net: nn.Sequential) -> nn.Sequential:
-    for layer in net:
-        fully_shard(layer) if isinstance(layer, StellaAdapter) else None
-    return fully_shard(net)
-
-
-def adamw(net: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(net.parameters(), 0.01)
-
-
-def sgd(net: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(net.parameters(), 0.05, momentum=0.9)
-
-
-def train(
-    net: nn.Module, optimizer: torch.optim.Optimizer, steps: range, rank: int = 0, world: int = 1
-) -> torch.optim.Optimizer:
-    for step in steps:
-        generator = torch.Generator().manual_seed(step)
-        dtype = next(net.parameters()).dtype
-        x, target = (torch.randn(ROWS, width, generator=generator).to(dtype) for width in (12, 7))
-        optimizer.zero_grad()
-        (net(x[rank::world]) - target[rank::world]).square().mean().backward()
-        optimizer.step()
-    return optimizer
-
-
-def alone(steps: int, make: Callable[[nn.Module], torch.optim.Optimizer], dtype: torch.dtype) -> Weights:
-    net = model(dtype)
-    train(net, make(net), range(steps))
-    return net.state_dict()
-
 
 # What each of the two processes does ------------------------------------------------------------------------------
 
@@ -191,12 +150,6 @@ def load(net: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None
 # What is true of it -----------------------------------------------------------------------------------------------
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the two processes left what they found."""
@@ -213,18 +166,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def found(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     first, second = (torch.load(folder / f"{rank}.pt") for rank in (0, 1))
     return first, second
-
-
-def assert_close(ours: Weights, expected: Weights, atol: float) -> None:
-    assert list(ours) == list(expected)
-    for name, value in expected.items():
-        torch.testing.assert_close(ours[name], value, rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
-
-
-def assert_orthonormal(weights: Weights) -> None:
-    for name, value in weights.items():
-        if "core" not in name:
-            assert distance_to_stiefel(value if value.shape[0] > value.shape[1] else value.mT) <= 1e-6, name
 
 
 def test_under_ddp_both_hold_the_same_bits_after_fifty_steps_and_what_one_process_holds(found: Any) -> None:

@@ -91,7 +91,7 @@ def test_a_factor_on_the_meta_device_is_refused() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["LBFGS", "AdamWScheduleFree", "DummyOptim", "DeepSpeedZeroOptimizer_Stage3", "CPUOffloadOptimizer"],
+    ["LBFGS", "AdamWScheduleFree", "DummyOptim", "CPUOffloadOptimizer"],
 )
 def test_optimizers_that_cannot_are_refused_by_name(name: str) -> None:
     kind = type("Mine", (type(name, (torch.optim.SGD,), {}),), {})
@@ -103,16 +103,52 @@ def test_optimizers_that_cannot_are_refused_by_name(name: str) -> None:
 
 
 @pytest.mark.parametrize("mark", ["ds_id", "_hp_mapping"])
-def test_deepspeeds_partitions_are_refused_at_the_first_step_of_its_optimizer(mark: str) -> None:
-    """ZeRO hands its optimizer flat partitions, so nothing but its marks on the parameters tells of it."""
+def test_partitions_of_an_unknown_kind_are_refused_at_the_first_step_of_their_optimizer(mark: str) -> None:
+    """DeepSpeed hands its optimizer flat partitions, so nothing but marks on the parameters tells of it."""
     layer, flat = StiefelLinear(4, 64), nn.Parameter(torch.zeros(256))
     setattr(layer.weight, mark, None)
     flat.grad = torch.ones(256)
-    with pytest.raises(ValueError, match=r"shape \(64, 4\) cannot be stepped: DeepSpeed .*Use DDP or FSDP2"):
+    with pytest.raises(ValueError, match=r"shape \(64, 4\) cannot be stepped: DeepSpeed .*, and not by .*ZeRO"):
         torch.optim.AdamW([flat], lr=0.1).step()
     assert not flat.any()
     layer.requires_grad_(False)
     torch.optim.AdamW([flat], lr=0.1).step()  # nobody trains the factor
+
+
+def test_a_factor_stepped_as_a_copy_is_refused_at_the_second_step() -> None:
+    """What DeepSpeed does in half precision without ZeRO: float32 masters are stepped, and written back by `.data`."""
+    layer, other = StiefelLinear(4, 64), nn.Linear(3, 3)
+    master = layer.weight.detach().clone().requires_grad_()
+    optimizer = torch.optim.AdamW([master, *other.parameters()], lr=1e-4)
+
+    def train_a_step() -> None:
+        master.grad = with_gradient(layer).weight.grad
+        optimizer.step()
+        layer.weight.data.copy_(master.data)
+
+    train_a_step()
+    with pytest.raises(ValueError, match=r"shape \(64, 4\) has left the manifold by .*AdamW .*a copy of it is stepped"):
+        train_a_step()
+
+
+def test_a_factor_that_was_never_on_the_manifold_and_has_no_owner_is_left_alone() -> None:
+    layer, other = StiefelLinear(4, 64), nn.Linear(3, 3)
+    layer.weight.data.mul_(1.5)
+    optimizer = torch.optim.SGD(other.parameters(), 0.1)
+    for _ in range(3):
+        with_gradient(layer)
+        optimizer.step()
+
+
+def test_a_half_precision_part_of_a_factor_is_left_to_the_step_that_refuses_it() -> None:
+    """ZeRO 3 leaves an empty vector in the model's dtype."""
+    layer = StiefelLinear(4, 64)
+    layer.weight.data = torch.empty(0, dtype=torch.bfloat16)
+    layer.weight.ds_id = 0
+    layer.train()
+    layer.load_state_dict({"weight": torch.empty(0)})  # as DeepSpeed does when it resumes
+    with pytest.raises(ValueError, match=r"shape \(64, 4\) cannot be stepped: DeepSpeed"):
+        torch.optim.SGD(nn.Linear(3, 3).parameters(), 0.1).step()
 
 
 def test_a_weight_made_from_other_parameters_is_refused() -> None:

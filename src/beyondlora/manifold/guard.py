@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from .linear import StiefelLinear, live_stiefel_layers, weight_of
+from .linear import StiefelLinear, is_cut_by_zero, live_stiefel_layers, weight_of
 from .moves import refused_steps
+from .partitions import is_in_a_known_partition
 from .stiefel import distance_to_stiefel, polar_retraction
 
 ROUNDED = 5e-6  # what float32 leaves
@@ -25,11 +26,9 @@ PATIENCE = 10  # steps with a gradient that no optimizer takes
 REFUSED = {  # part of a class's name -> why
     "LBFGS": "it evaluates the loss several times within one step, and every point but the first is off the manifold",
     "ScheduleFree": "it evaluates and saves an average of what it trains, and averages leave the manifold",
-    "DummyOptim": "it is a placeholder, and the real optimizer of DeepSpeed steps flat partitions of the weights",
-    "DeepSpeedZeroOptimizer": "it steps flat partitions of the weights (ZeRO), which are no matrices",
+    "DummyOptim": "it is a placeholder for one that DeepSpeed makes, and was never replaced",
     "CPUOffloadOptimizer": "it steps copies of the weights on another device",
 }
-DEEPSPEED_MARKS = ("ds_id", "_hp_mapping")  # what ZeRO 3, and ZeRO 1 and 2, leave on a parameter
 
 
 def refuse_optimizer(optimizer: Optimizer) -> None:
@@ -52,14 +51,15 @@ def refuse_out_of_reach(layers: list[StiefelLinear]) -> None:
         trained = layer.weight.requires_grad or any(made.requires_grad for made in layer.parameters())
         if trained and (why := _out_of_reach(layer)):
             raise ValueError(
-                f"A Stiefel factor of shape ({layer.out_features}, {layer.in_features}) cannot be stepped: {why}. Use "
-                "DDP or FSDP2 (fully_shard), or give the factors a Euclidean geometry."
+                f"A Stiefel factor of shape {_shape(layer)} cannot be stepped: {why}. Use "
+                "DDP, FSDP2 (fully_shard) or DeepSpeed's ZeRO, or give the factors a Euclidean geometry."
             )
 
 
 def _out_of_reach(layer: StiefelLinear) -> str | None:
-    if any(hasattr(layer.weight, mark) for mark in DEEPSPEED_MARKS):
-        return "DeepSpeed (ZeRO) steps flat partitions of it"
+    if is_cut_by_zero(layer.weight):
+        known = is_in_a_known_partition(layer.weight)
+        return None if known else "DeepSpeed steps it in partitions, and not by an optimizer of ZeRO 1, 2 or 3"
     if "weight" not in layer._parameters:
         return "its weight is made from other parameters (FSDP1's flat ones, a parametrization), which are stepped"
     if layer.weight.shape != (layer.out_features, layer.in_features):
@@ -92,7 +92,7 @@ def check_layer(layer: StiefelLinear, *, again: bool = False) -> None:
     if weight.is_inference() or (layer.settled == (id(weight), weight._version) and not again):
         return
     refuse_out_of_reach([layer])
-    if isinstance(weight, DTensor):
+    if isinstance(weight, DTensor) or is_cut_by_zero(weight):
         return  # processes look together, at the beginning of their step
     with torch.no_grad():
         _bring_back(layer, layer.orthonormal.detach())
@@ -166,17 +166,22 @@ def must_return(layer: StiefelLinear, distance: float) -> bool:
     if distance <= ROUNDED:
         return False
     warnings.warn(
-        f"A Stiefel factor of shape {tuple(layer.weight.shape)} had left the manifold by {distance:.1e} without our "
-        "step, and has been brought back to the nearest orthonormal matrix. Reasons: weights stored in half precision, "
-        "an edit by hand, an optimizer that does not run torch's step hooks.",
+        f"A Stiefel factor of shape {_shape(layer)} had left the manifold by {distance:.1e} without our step, and has "
+        "been brought back to the nearest orthonormal matrix. Reasons: weights stored in half precision, an edit by "
+        "hand, an optimizer that does not run torch's step hooks.",
         stacklevel=4,
     )
     return True
 
 
+def _shape(layer: StiefelLinear) -> tuple[int, int]:
+    """Of the whole weight, of which a process may hold some."""
+    return layer.out_features, layer.in_features
+
+
 def _far(layer: StiefelLinear, distance: float) -> str:
     return (
-        f"A Stiefel factor of shape {tuple(layer.weight.shape)} is off the manifold by {distance:.1e} (max |YᵀY − I|): "
+        f"A Stiefel factor of shape {_shape(layer)} is off the manifold by {distance:.1e} (max |YᵀY − I|): "
         "something moved it without the Riemannian step. Load a good checkpoint; step it with an optimizer that runs "
         "torch's step hooks; or, to keep these weights, project them yourself: "
         "weight.copy_(polar_retraction(weight, zeros))."
@@ -184,17 +189,20 @@ def _far(layer: StiefelLinear, distance: float) -> str:
 
 
 class Unowned:
-    """Notices trainable factors whose gradients no optimizer takes: an adapter added after the optimizer was made."""
+    """Notices trainable factors that no optimizer owns: of an adapter added after it was made, or stepped as copies."""
 
     OWNED = -1  # in place of a count: has an owner; another optimizer's step says nothing
 
     def __init__(self) -> None:
         self._waits: weakref.WeakKeyDictionary[StiefelLinear, int] = weakref.WeakKeyDictionary()
+        self._orthonormal: weakref.WeakSet[StiefelLinear] = weakref.WeakSet()  # when they began to wait
 
-    def watch(self, owned: list[StiefelLinear]) -> None:
+    def watch(self, optimizer: Optimizer, owned: list[StiefelLinear]) -> None:
         """Count a step for every factor with a new gradient that the stepping optimizer does not own; warn once.
 
         A gradient that nobody adds to any more (computed once, to be looked at) is not waiting for a step.
+
+        Raises: ValueError for a factor that has left the manifold meanwhile: a copy of it is being stepped.
         """
         weights = {id(weight_of(layer)) for layer in owned}
         late = []
@@ -206,6 +214,7 @@ class Unowned:
                 self._waits[layer] = self.OWNED
             elif self._waits.get(layer, 0) != self.OWNED and _has_new_gradient(layer):
                 self._waits[layer] = self._waits.get(layer, 0) + 1
+                self._refuse_moved(layer, optimizer)
                 late += [layer] if self._waits[layer] == PATIENCE else []
         if late:
             warnings.warn(
@@ -213,6 +222,20 @@ class Unowned:
                 "stepped owns them: they are not being trained. Was an adapter added after the optimizer was made? "
                 "Make the optimizer from model.parameters() after the last adapter, or freeze what is not to train.",
                 stacklevel=3,
+            )
+
+    def _refuse_moved(self, layer: StiefelLinear, optimizer: Optimizer) -> None:
+        if self._waits[layer] > PATIENCE or _out_of_reach(layer) or isinstance(layer.weight, DTensor):
+            return
+        distance = distance_to_stiefel(layer.orthonormal.detach()).item()
+        if distance <= ROUNDED:
+            self._orthonormal.add(layer)
+        elif layer in self._orthonormal:
+            raise ValueError(
+                f"A Stiefel factor of shape {_shape(layer)} has left the manifold by {distance:.1e} since "
+                f"{type(optimizer).__name__} stepped last, and it does not own the factor: a copy of it is stepped and "
+                "written back, as half-precision optimizers with master weights do (DeepSpeed's without ZeRO, apex's). "
+                "Use DDP, FSDP2 (fully_shard) or DeepSpeed's ZeRO, or give the factors a Euclidean geometry."
             )
 
 

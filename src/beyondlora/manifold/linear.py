@@ -112,8 +112,8 @@ class StiefelLinear(nn.Linear):
         TRL's SFTTrainer does so to every trainable parameter beside a base in 4 or 8 bits.
         """
         weight = weight_of(self)
-        if weight.dtype in PRECISE or weight.is_meta:
-            return
+        if weight.dtype in PRECISE or weight.is_meta or is_cut_by_zero(weight):
+            return  # ZeRO's master copies are in float32
         with torch.no_grad():
             weight.data = self._on_the_manifold(weight.detach())
             if weight.grad is not None:
@@ -124,7 +124,7 @@ class StiefelLinear(nn.Linear):
         if (
             isinstance(loaded, Tensor)
             and type(loaded) in (Tensor, nn.Parameter)
-            and loaded.shape == self.weight.shape
+            and loaded.shape == self.weight.shape == (self.out_features, self.in_features)  # and no part of one
             and not loaded.is_meta
         ):
             state_dict[f"{prefix}weight"] = self._on_the_manifold(loaded.detach())
@@ -155,6 +155,11 @@ def live_stiefel_layers() -> list[StiefelLinear]:
     """Every StiefelLinear alive in this process that has its weight."""
     # A layer whose __init__ raised lives without one for as long as the traceback is kept (notebooks keep the last).
     return [layer for layer in list(_live) if weight_of(layer) is not None]
+
+
+def is_cut_by_zero(weight: Tensor) -> bool:
+    """Whether DeepSpeed's ZeRO trains the weight through a partition: it leaves marks on parameters, 3 and 1 or 2."""
+    return hasattr(weight, "ds_id") or hasattr(weight, "_hp_mapping")
 
 
 def weight_of(layer: StiefelLinear) -> Any:

@@ -13,7 +13,7 @@ weight of a living `StiefelLinear` is left alone.
 """
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,9 @@ from .fast import full_precision
 from .guard import Unowned, check_layer, refuse_optimizer, refuse_out_of_reach, settle, warn_of_used_gradients
 from .linear import StiefelLinear, live_stiefel_layers, weight_of
 from .moves import Move, plan
+from .partitions import layers_in_partitions
 from .shards import plan_shards
+from .zero import Partitioned, plan_partitions
 
 
 @dataclass
@@ -36,15 +38,17 @@ class _Step:
     """A step that has begun.
 
     Attributes:
-        layers: the layers that are stepped.
+        layers: the layers whose own weights are stepped.
         moves: how each is stepped.
-        gradients: the converted gradients, each with its version counter.
+        weights: what the optimizer steps.
+        gradients: the converted gradients of those, each with its version counter.
         finite: whether the gradients are, as far as that is known.
         depth: how many calls of `step` are inside one another (an optimizer's step may call its parent class's).
     """
 
     layers: list[StiefelLinear]
     moves: list[Move]
+    weights: list[Tensor]
     gradients: list[tuple[Tensor, int]]
     finite: bool
     depth: int = 1
@@ -52,8 +56,8 @@ class _Step:
     def is_running(self) -> bool:
         """False for what a step that raised has left behind: since then there have been new gradients."""
         return all(
-            layer.weight.grad is gradient and gradient._version == version
-            for layer, (gradient, version) in zip(self.layers, self.gradients, strict=True)
+            weight.grad is gradient and gradient._version == version
+            for weight, (gradient, version) in zip(self.weights, self.gradients, strict=True)
         )
 
 
@@ -97,9 +101,13 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
         return
     _steps.pop(optimizer, None)  # of a step that raised
     owned = stiefel_layers_of(optimizer)
-    if not owned:
+    cut = [] if owned else layers_in_partitions(optimizer)
+    if not owned and not cut:
         refuse_out_of_reach(live_stiefel_layers())
-    _unowned.watch(owned)
+    _unowned.watch(optimizer, owned + [layer for _, inside in cut for layer in inside])
+    if cut:
+        refuse_optimizer(optimizer)
+        _begin_partitions(optimizer, plan_partitions(optimizer, cut))
     layers = [layer for layer in owned if weight_of(layer).requires_grad]
     if not layers:
         return
@@ -124,12 +132,23 @@ def _begin(optimizer: Optimizer, layers: list[StiefelLinear]) -> None:
     gradients = [weight_of(layer).grad for layer in layers]
     warn_of_used_gradients(gradients)
     moves = _moves(optimizer, layers)
-    with full_precision(layers[0].weight.device.type):
+    weights = [layer.weight for layer in layers]
+    step = _steps[optimizer] = _begin_moves(layers, moves, weights)
+    for gradient, version in step.gradients:
+        gradient._used_at_version = version  # type: ignore[attr-defined]
+
+
+def _begin_partitions(optimizer: Optimizer, moves: list[Partitioned]) -> None:
+    if moves:
+        _steps[optimizer] = _begin_moves([], moves, [move.vector for move in moves])
+
+
+def _begin_moves(layers: list[StiefelLinear], moves: Sequence[Move], weights: list[Tensor]) -> _Step:
+    with full_precision(weights[0].device.type):
         finite = [move.begin() for move in moves]
+    gradients: list[Any] = [weight.grad for weight in weights]
     versions = [(gradient, gradient._version) for gradient in gradients]
-    for gradient, version in versions:
-        gradient._used_at_version = version
-    _steps[optimizer] = _Step(layers=layers, moves=moves, gradients=versions, finite=all(finite))
+    return _Step(layers, list(moves), weights, versions, finite=all(finite))
 
 
 def _moves(optimizer: Optimizer, layers: list[StiefelLinear]) -> list[Move]:
@@ -156,7 +175,7 @@ def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, A
         del _steps[optimizer]
         # A gradient scaler lets a fused optimizer see that a gradient is infinite, and skip.
         if step.finite or not all(move.is_still() for move in step.moves):
-            with full_precision(step.layers[0].weight.device.type):
+            with full_precision(step.weights[0].device.type):
                 _end(optimizer, step)
         for layer in step.layers:
             settle(layer)

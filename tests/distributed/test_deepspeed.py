@@ -1,0 +1,43 @@
+"""DeepSpeed's engine itself, two processes on a CPU, trains as one process does without it.
+
+DeepSpeed is no dependency of the tests, as it is built against the torch that is installed:
+pip install --no-build-isolation deepspeed.
+"""
+
+import pytest
+import small_runs
+import torch
+from accelerated import launch
+
+from beyondlora.train import train
+
+pytest.importorskip("deepspeed", reason="pip install --no-build-isolation deepspeed")
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
+
+def launch_zero(stage, recipe, folder, monkeypatch):
+    """Train a recipe by two processes under ZeRO. Returns: the exit code, and what was said."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    (folder / "accelerate.yaml").write_text(
+        "distributed_type: DEEPSPEED\nnum_machines: 1\nnum_processes: 2\nuse_cpu: true\nmixed_precision: 'no'\n"
+        f"deepspeed_config:\n  zero_stage: {stage}\n  zero3_init_flag: false\n",
+        encoding="utf-8",
+    )
+    machine = ["--config_file", str(folder / "accelerate.yaml")]
+    return launch([machine], folder / "recipe.yaml", folder / "home")[0]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("method", ["aurora", "stella"])
+def test_under_zero_a_recipe_trains_to_what_one_process_makes_of_it(method, stage, house, tmp_path, monkeypatch):
+    options = {"adapter": small_runs.ADAPTERS[method] | {"lora_dropout": 0.0}, "max_steps": 6}
+    half = small_runs.recipe(house, **options, per_device_train_batch_size=2, output_dir=str(tmp_path / "two"))
+    code, said = launch_zero(stage, half, tmp_path, monkeypatch)
+    assert code == 0, said
+    assert "Stiefel" not in said
+    train(small_runs.recipe(house, **options, per_device_train_batch_size=4, output_dir=str(tmp_path / "one")))
+    one, two = (small_runs.weights(tmp_path / run / "adapter") for run in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-5)  # float32 means of halves, through Adam
