@@ -446,6 +446,15 @@ def poison_gradient(model, step):
     weight.register_hook(lambda gradient: gradient * (float("inf") if next(batches) == step else 1))
 
 
+def test_fsdp_is_refused_before_anything_is_read(recipe, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setattr("beyondlora.train.device", lambda: torch.device("cuda", 0))
+    asked = recipe(dataset_name="/nowhere")
+    with pytest.raises(ValueError, match=r"asked for FSDP.*--zero_stage 3"):
+        train(asked)
+    assert not Path(asked.output_dir).exists()
+
+
 @pytest.mark.parametrize(
     ("poison", "reason"), [(poison_loss, "the loss became nan"), (poison_gradient, "the gradient became nan")]
 )

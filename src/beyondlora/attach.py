@@ -24,6 +24,7 @@ from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import load_peft_weights
 
+from . import processes
 from .models import quiet_transformers
 from .recipe import Recipe
 from .run_folder import replacing
@@ -214,9 +215,11 @@ def config_content(folder: Path) -> dict[str, Any]:
 
 def load_weights(model: Trained, folder: Path) -> None:
     """Load the tensors of a folder into a model of its form. Raises: FileNotFoundError, ValueError."""
-    if not isinstance(model, PeftModel):
-        _load_model(model, folder)
-        return
+    with processes.whole((weight for weight in model.parameters() if weight.requires_grad), written=True):
+        _load_adapter_weights(model, folder) if isinstance(model, PeftModel) else _load_model(model, folder)
+
+
+def _load_adapter_weights(model: PeftModel, folder: Path) -> None:
     if not any((folder / name).is_file() for name in ("adapter_model.safetensors", "adapter_model.bin")):
         raise FileNotFoundError(f"{folder} holds no adapter_model.safetensors: the adapter has no weights.")
     try:

@@ -3,10 +3,12 @@
 With one process everything here is the identity. `torch.distributed` is asked, so whoever launched the processes.
 """
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 
 
 def count() -> int:
@@ -40,6 +42,37 @@ def anywhere(true_here: torch.Tensor) -> bool:
         true_here = true_here.int()
         distributed.all_reduce(true_here, distributed.ReduceOp.MAX)
     return bool(true_here)
+
+
+@contextmanager
+def whole(weights: Iterable[Tensor], *, written: bool = False) -> Iterator[None]:
+    """Put together weights that DeepSpeed (ZeRO 3) has cut over the processes, which all call this, for the time being.
+
+    Args:
+        weights: cut or not.
+        written: the block writes into them, every process the same; else what it writes is lost.
+    """
+    cut = [weight for weight in weights if hasattr(weight, "ds_id")]
+    if not cut:
+        yield
+        return
+    from deepspeed.runtime.zero import GatheredParameters
+
+    with GatheredParameters(cut, modifier_rank=0 if written else None):
+        yield
+
+
+def part_here(weight: Any) -> Tensor:
+    """What this process keeps of a weight, without its gradient: all of it, or its part of one that is cut up."""
+    here: Tensor = getattr(weight, "ds_tensor", weight).detach()
+    return here
+
+
+def put_back(weight: Any, part: Tensor) -> None:
+    """Write what `part_here` gave before."""
+    part_here(weight).copy_(part)
+    if hasattr(weight, "ds_tensor"):
+        weight.partition()  # it may be whole at the moment, and not know of this
 
 
 def _all(mine: Any) -> list[Any]:

@@ -59,7 +59,7 @@ class Recorder(TrainerCallback):
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Make good what a kill between a checkpoint and its adapter left undone."""
         if self.best_step and self.best_step == state.global_step:
-            self._keep_best(kwargs["model"])
+            self.save(kwargs["model"], self.run.adapter)
         self.progress.begin("training", state.max_steps, state.global_step)
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -73,15 +73,16 @@ class Recorder(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Every batch of this step gave a finite loss: remember the weights that did, unless the gradient is not."""
-        trained = {name: weight for name, weight in kwargs["model"].named_parameters() if weight.requires_grad}
-        gradients = [weight.grad for weight in trained.values() if weight.grad is not None]
+        weights = {name: weight for name, weight in kwargs["model"].named_parameters() if weight.requires_grad}
+        gradients = [weight.grad for weight in weights.values() if weight.grad is not None]
         largest = get_total_norm(gradients, math.inf)  # an accelerator is waited for once, and not for every gradient
         if processes.anywhere(~largest.to(args.device).isfinite()):
             raise self._stop("the gradient became nan or infinite")
+        trained = {name: processes.part_here(weight) for name, weight in weights.items()}
         kept = self.finite[1] if self.finite else {}
         if kept.keys() != trained.keys():
             kept = {name: torch.empty_like(weight) for name, weight in trained.items()}
-        torch._foreach_copy_(list(kept.values()), [weight.detach() for weight in trained.values()])
+        torch._foreach_copy_(list(kept.values()), list(trained.values()))
         self.finite = (state.global_step, kept)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -108,7 +109,7 @@ class Recorder(TrainerCallback):
         if self.main:
             self.run.keep_checkpoint(state.global_step)
         if self.best_step == state.global_step:
-            self._keep_best(kwargs["model"])
+            self.save(kwargs["model"], self.run.adapter)
 
     # --- what they do
 
@@ -121,8 +122,10 @@ class Recorder(TrainerCallback):
             self.progress.end()
 
     def save(self, model: Trained, folder: Path) -> None:
-        """Write what was trained, atomically."""
-        save_trained(model, folder, self.processor)
+        """Write what was trained, atomically; for all processes to call."""
+        with processes.whole(weight for weight in model.parameters() if weight.requires_grad):
+            if self.main:
+                save_trained(model, folder, self.processor)
 
     def keep_finite(self, model: Trained) -> None:
         """Save the last weights that gave a finite loss as last/, and as adapter/ where no evaluation chose one."""
@@ -130,11 +133,10 @@ class Recorder(TrainerCallback):
             with torch.no_grad():
                 weights = dict(model.named_parameters())
                 for name, value in self.finite[1].items():
-                    weights[name].copy_(value)
-        if self.main:
-            self.save(model, self.run.last)
-            if not self.best_step:
-                self.save(model, self.run.adapter)
+                    processes.put_back(weights[name], value)
+        self.save(model, self.run.last)
+        if not self.best_step:
+            self.save(model, self.run.adapter)
 
     def _evaluate(self, model: Trained, state: TrainerState) -> None:
         figures: dict[str, Any] = {}
@@ -153,10 +155,6 @@ class Recorder(TrainerCallback):
         self._write(state, figures)
         if figures["eval_loss"] < self.best_loss:
             self.best_loss, self.best_step = figures["eval_loss"], state.global_step
-
-    def _keep_best(self, model: Trained) -> None:
-        if self.main:
-            self.save(model, self.run.adapter)
 
     def _write(self, state: TrainerState, figures: dict[str, Any]) -> None:
         if self.main:

@@ -8,12 +8,14 @@ that is reported or chosen by comes from measure.py, not from the Trainer's aver
 
 import dataclasses
 import json
+import os
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers.integrations.deepspeed import deepspeed_init, is_deepspeed_zero3_enabled
 from transformers.trainer_callback import PrinterCallback
 
 from . import curves, data, models
@@ -65,6 +67,7 @@ def train(
         FloatingPointError: the loss or its gradient became nan or infinite; the last finite weights are kept.
     """
     progress = progress or Progress()
+    _refuse_fsdp()
     config, run, arguments = config_from(recipe), RunFolder(recipe.output_dir), _training_arguments(recipe)
     run.claim(resume=resume, overwrite=overwrite)
     if PartialState().is_main_process:
@@ -110,6 +113,16 @@ def train(
 
 
 # --- before training -------------------------------------------------------------------------------------------------
+
+
+def _refuse_fsdp() -> None:
+    # On a CPU accelerate answers this request with plain data parallel.
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true") and device().type != "cpu":
+        raise ValueError(
+            "accelerate was asked for FSDP, which cuts every weight over the processes, and a recipe's run has not "
+            "learned to save such weights. Launch it under DeepSpeed for that (accelerate launch --use_deepspeed "
+            "--zero_stage 3), or plainly data parallel; a Trainer script of your own may use FSDP2 (docs/devices.md)."
+        )
 
 
 def _training_arguments(recipe: Recipe) -> TrainingArguments:
@@ -186,7 +199,7 @@ def _fit(
     if checkpoint is not None:
         state = _read_json(checkpoint / "trainer_state.json")
         if state["global_step"] >= state["max_steps"]:  # the Trainer would take one step more
-            model.to(arguments.device)
+            _place(model, arguments)
             load_weights(model, checkpoint)
             recorder.on_train_begin(arguments, TrainerState(**_known(state)), TrainerControl(), model=model)
             return
@@ -206,6 +219,16 @@ def _fit(
             recorder.progress.end()
 
 
+def _place(model: Any, arguments: TrainingArguments) -> None:
+    """Put a model where it would be trained."""
+    if not is_deepspeed_zero3_enabled():
+        model.to(arguments.device)
+        return
+    trainer = Trainer(model, arguments)
+    deepspeed_init(trainer, num_training_steps=0, inference=True)
+    trainer.accelerator.prepare(model)  # from now on its layers put their weights together when they are called
+
+
 # --- after training --------------------------------------------------------------------------------------------------
 
 
@@ -213,10 +236,9 @@ def _finish(model: Trained, recorder: Recorder, examination: Examination | None)
     """Save the last adapter, measure the best, write the summary; metrics.json comes last, and says: finished."""
     run, recipe = recorder.run, recorder.recipe
     trainable, total = count_parameters(model)
-    if recorder.main:
-        recorder.save(model, run.last)
-        if not recorder.best_step:
-            recorder.save(model, run.adapter)
+    recorder.save(model, run.last)
+    if not recorder.best_step:
+        recorder.save(model, run.adapter)
     PartialState().wait_for_everyone()
     scores: Measurements = {}
     if examination is not None:

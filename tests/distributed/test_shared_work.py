@@ -4,6 +4,8 @@ import json
 import multiprocessing
 import os
 import socket
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -123,6 +125,65 @@ def test_alone_everything_is_ones_own():
     assert processes.gathered_list(["a", "b"], 2) == ["a", "b"]
     assert torch.equal(processes.gathered(torch.arange(6).view(3, 2), 3), torch.arange(6).view(3, 2))
     assert processes.anywhere(torch.tensor(True))
+
+
+class Cut(torch.nn.Parameter):
+    """As ZeRO 3 leaves a weight: nothing of it on the module, this process's part beside it."""
+
+    def __new__(cls, part):
+        weight = super().__new__(cls, torch.empty(0))
+        weight.ds_id, weight.ds_tensor = 0, part
+        return weight
+
+    def partition(self):
+        self.data = torch.empty(0)
+
+
+class GatheredParameters:
+    """As DeepSpeed's, for one process, which has all of every weight."""
+
+    def __init__(self, weights, modifier_rank):
+        self.weights, self.modifier_rank = weights, modifier_rank
+
+    def __enter__(self):
+        for weight in self.weights:
+            weight.data = weight.ds_tensor.clone()
+
+    def __exit__(self, *error):
+        for weight in self.weights:
+            if self.modifier_rank is not None:
+                weight.ds_tensor = weight.detach().clone()
+            weight.partition()
+
+
+@pytest.fixture
+def zero(monkeypatch):
+    monkeypatch.setitem(sys.modules, "deepspeed", types.ModuleType("deepspeed"))
+    monkeypatch.setitem(sys.modules, "deepspeed.runtime", types.ModuleType("deepspeed.runtime"))
+    module = types.SimpleNamespace(GatheredParameters=GatheredParameters)
+    monkeypatch.setitem(sys.modules, "deepspeed.runtime.zero", module)
+
+
+def test_weights_that_are_cut_up_are_whole_for_the_time_being(zero):
+    cut, plain = Cut(torch.ones(3)), torch.nn.Parameter(torch.ones(2))
+    for written, after in ((False, torch.ones(3)), (True, torch.zeros(3))):
+        with torch.no_grad(), processes.whole(iter([plain, cut]), written=written):
+            assert cut.shape == (3,)
+            cut.zero_()
+        assert cut.shape == (0,)
+        assert torch.equal(cut.ds_tensor, after)
+    assert torch.equal(plain, torch.ones(2))
+
+
+def test_what_a_process_keeps_of_a_weight_can_be_put_back():
+    for weight in (torch.nn.Parameter(torch.ones(3)), Cut(torch.ones(3))):
+        kept = processes.part_here(weight).clone()
+        processes.part_here(weight).zero_()
+        if isinstance(weight, Cut):
+            weight.data = torch.zeros(3)  # whole at the moment, as small ones stay
+        processes.put_back(weight, kept)
+        assert torch.equal(processes.part_here(weight), torch.ones(3))
+        assert weight.shape == ((0,) if isinstance(weight, Cut) else (3,))
 
 
 def test_every_process_takes_its_share_and_gets_the_figures_of_all(results):
