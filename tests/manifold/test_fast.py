@@ -219,11 +219,19 @@ def test_a_stack_is_stepped_in_few_launches() -> None:
 def test_lowered_matmul_precision_is_kept_out_and_put_back(precision: str) -> None:
     torch.set_float32_matmul_precision(precision)
     try:
-        with fast.full_precision("cpu"):
+        with fast.full_precision(["cpu"]):
             assert torch.get_float32_matmul_precision() == "highest"
         assert torch.get_float32_matmul_precision() == precision
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("types", [["cuda", "cpu"], ["cpu", "cuda"]], ids="-".join)
+def test_autocast_is_kept_away_from_factors_on_every_device(types: list[str]) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        with fast.full_precision(types):
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+        assert torch.is_autocast_enabled("cpu")
 
 
 @pytest.mark.parametrize("circumstance", ["autocast", "high", "medium"])

@@ -17,8 +17,8 @@ Legend: M rows, R columns (rank), B matrices of one shape. Y point, Z the step b
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
@@ -34,16 +34,15 @@ GROWTH, LAST_ROUNDS = 15 / 8, 3  # of a small singular value by a round of fifth
 
 
 @contextmanager
-def full_precision(device_type: str) -> Iterator[None]:
-    """Keep TF32, bfloat16 products and autocast away: they break orthonormality to 2e-3."""
+def full_precision(device_types: Iterable[str]) -> Iterator[None]:
+    """Keep TF32, bfloat16 products and these devices' autocast away: they break orthonormality to 2e-3."""
     asked = torch.get_float32_matmul_precision()
     if asked != "highest":
         torch.set_float32_matmul_precision("highest")
     try:
-        if torch.is_autocast_enabled(device_type):
-            with torch.autocast(device_type, enabled=False):
-                yield
-        else:
+        with ExitStack() as off:
+            for device_type in filter(torch.is_autocast_enabled, device_types):
+                off.enter_context(torch.autocast(device_type, enabled=False))
             yield
     finally:
         if asked != "highest":

@@ -144,7 +144,7 @@ def _begin_partitions(optimizer: Optimizer, moves: list[Partitioned]) -> None:
 
 
 def _begin_moves(layers: list[StiefelLinear], moves: Sequence[Move], weights: list[Tensor]) -> _Step:
-    with full_precision(weights[0].device.type):
+    with full_precision({weight.device.type for weight in weights}):
         finite = [move.begin() for move in moves]
     gradients: list[Any] = [weight.grad for weight in weights]
     versions = [(gradient, gradient._version) for gradient in gradients]
@@ -175,7 +175,7 @@ def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, A
         del _steps[optimizer]
         # A gradient scaler lets a fused optimizer see that a gradient is infinite, and skip.
         if step.finite or not all(move.is_still() for move in step.moves):
-            with full_precision(step.weights[0].device.type):
+            with full_precision({weight.device.type for weight in step.weights}):
                 _end(optimizer, step)
         for layer in step.layers:
             settle(layer)
