@@ -455,6 +455,14 @@ def test_fsdp_is_refused_before_anything_is_read(recipe, monkeypatch):
     assert not Path(asked.output_dir).exists()
 
 
+def test_the_base_models_loss_is_refused_under_zero_3_before_anything_is_read(recipe, monkeypatch):
+    monkeypatch.setattr("beyondlora.train.is_deepspeed_zero3_enabled", lambda: True)
+    asked = recipe(dataset_name="/nowhere", forgetting_dataset_name="corpus.txt")
+    with pytest.raises(ValueError, match=r"forgetting_dataset_name='corpus.txt' asks .* under ZeRO 3"):
+        train(asked)
+    assert not Path(asked.output_dir).exists()
+
+
 @pytest.mark.parametrize(
     ("poison", "reason"), [(poison_loss, "the loss became nan"), (poison_gradient, "the gradient became nan")]
 )

@@ -67,8 +67,8 @@ def train(
         FloatingPointError: the loss or its gradient became nan or infinite; the last finite weights are kept.
     """
     progress = progress or Progress()
-    _refuse_fsdp()
     config, run, arguments = config_from(recipe), RunFolder(recipe.output_dir), _training_arguments(recipe)
+    _check_launch(recipe)
     run.claim(resume=resume, overwrite=overwrite)
     if PartialState().is_main_process:
         refuse_if_busy(run.path, "run")
@@ -115,13 +115,20 @@ def train(
 # --- before training -------------------------------------------------------------------------------------------------
 
 
-def _refuse_fsdp() -> None:
+def _check_launch(recipe: Recipe) -> None:
+    """Refuse what cannot be done with weights that accelerate was asked to cut over the processes."""
     # On a CPU accelerate answers this request with plain data parallel.
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true") and device().type != "cpu":
         raise ValueError(
             "accelerate was asked for FSDP, which cuts every weight over the processes, and a recipe's run has not "
             "learned to save such weights. Launch it under DeepSpeed for that (accelerate launch --use_deepspeed "
             "--zero_stage 3), or plainly data parallel; a Trainer script of your own may use FSDP2 (docs/devices.md)."
+        )
+    if is_deepspeed_zero3_enabled() and recipe.forgetting_dataset_name:
+        raise ValueError(
+            f"forgetting_dataset_name={recipe.forgetting_dataset_name!r} asks for the base model's loss before "
+            "training, and under ZeRO 3 no process has a model that it could call before the training begins. Leave it "
+            "out and measure with `beyondlora evaluate`, or launch under ZeRO 1 or 2."
         )
 
 
