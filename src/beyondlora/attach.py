@@ -265,8 +265,9 @@ def _load_model(model: transformers.PreTrainedModel, folder: Path) -> None:
         raise ValueError(
             f"The weights in {folder} do not belong to this model: {len(lacking)} missing ({lacking[0]}, ...)"
         )
-    check_tensors(folder, model.state_dict(), found.state_dict())
-    model.load_state_dict(found.state_dict())
+    with processes.whole(found.parameters()):
+        check_tensors(folder, model.state_dict(), found.state_dict())
+        model.load_state_dict(found.state_dict())
 
 
 def check_tensors(folder: Path, expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> None:

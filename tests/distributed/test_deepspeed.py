@@ -10,6 +10,7 @@ import pytest
 import small_runs
 import torch
 from accelerated import launch
+from safetensors.torch import load_file
 
 from beyondlora.train import train
 
@@ -34,16 +35,19 @@ def launch_zero(stage, recipe, folder, monkeypatch):
     return launch([machine], folder / "recipe.yaml", folder / "home")[0]
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-@pytest.mark.parametrize("method", ["aurora", "stella"])
+@pytest.mark.parametrize(
+    ("method", "stage"), [*((method, stage) for method in ("aurora", "stella") for stage in (1, 2, 3)), ("full", 3)]
+)
 def test_under_zero_a_recipe_trains_to_what_one_process_makes_of_it(method, stage, house, tmp_path, monkeypatch):
-    options = {"adapter": small_runs.ADAPTERS[method] | {"lora_dropout": 0.0}, "max_steps": 6}
+    adapter = {"peft_type": "FULL"} if method == "full" else small_runs.ADAPTERS[method] | {"lora_dropout": 0.0}
+    options = {"adapter": adapter, "max_steps": 6, "learning_rate": 1e-3 if method == "full" else 1e-2}
     half = small_runs.recipe(house, **options, per_device_train_batch_size=2, output_dir=str(tmp_path / "two"))
     code, said = launch_zero(stage, half, tmp_path, monkeypatch)
     assert code == 0, said
     assert "Stiefel" not in said
     train(small_runs.recipe(house, **options, per_device_train_batch_size=4, output_dir=str(tmp_path / "one")))
-    one, two = (small_runs.weights(tmp_path / run / "adapter") for run in ("one", "two"))
+    file = "model.safetensors" if method == "full" else "adapter_model.safetensors"
+    one, two = (load_file(tmp_path / run / "adapter" / file) for run in ("one", "two"))
     assert one.keys() == two.keys()
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-5)  # float32 means of halves, through Adam
