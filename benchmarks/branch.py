@@ -2,7 +2,8 @@
 
     python benchmarks/branch.py --rounds 21 --out docs/results/branch.md
 
-float32, one thread, CPU time. Every contender does the same layer, rank and input. "base" is the frozen layer with the
+float32, or a bfloat16 layer with float32 adapters (--dtype bfloat16), as PEFT makes them; one thread, CPU time.
+Every contender does the same layer, rank and input. "base" is the frozen layer with the
 gradient of its input only: what no adapter can go below. A CUDA device, where there is one, is not used.
 """
 
@@ -17,7 +18,7 @@ from torch import nn
 
 from beyondlora import AuroraConfig, CeraConfig, StellaConfig
 
-SHAPES = [(768, 3072), (2048, 2048), (4096, 4096)]  # N → M
+SHAPES = [(768, 3072), (1024, 1024), (2048, 2048), (4096, 4096)]  # N → M
 METHODS: dict[str, Any] = {
     "LoRA": lambda r: LoraConfig(r=r, lora_alpha=r, target_modules=["0"], init_lora_weights=False),
     "LoRA again": lambda r: LoraConfig(r=r, lora_alpha=r, target_modules=["0"], init_lora_weights=False),
@@ -40,6 +41,8 @@ def layer(method: str, base: nn.Linear, rank: int) -> nn.Module:
     make = METHODS[method]
     if make is not None:
         model = inject_adapter_in_model(make(rank), model)
+        for weight in filter(lambda weight: weight.requires_grad, model.parameters()):
+            weight.data = weight.data.float()  # as get_peft_model does
     return model.train()
 
 
@@ -56,10 +59,11 @@ class Step:
         self.model.zero_grad()
 
 
-def rows(inputs: int, outputs: int, rank: int, tokens: int, rounds: int) -> list[str]:
+def rows(inputs: int, outputs: int, rank: int, tokens: int, rounds: int, dtype: torch.dtype) -> list[str]:
     """The table's lines for one shape."""
-    base = nn.Linear(inputs, outputs, bias=False).requires_grad_(False)
-    x, upstream = torch.randn(1, tokens, inputs, requires_grad=True), torch.randn(1, tokens, outputs)
+    base = nn.Linear(inputs, outputs, bias=False, dtype=dtype).requires_grad_(False)
+    x = torch.randn(1, tokens, inputs, dtype=dtype, requires_grad=True)
+    upstream = torch.randn(1, tokens, outputs, dtype=dtype)
     steps = {method: Step(layer(method, base, rank), x, upstream) for method in METHODS}
     peaks = {method: peak_bytes(step) for method, step in steps.items()}
     ratios = compare(steps, "LoRA", rounds)
@@ -79,6 +83,7 @@ def main() -> None:
     parser.add_argument("--widths", type=int, nargs="+", default=[768, 2048, 4096], help="which of the input widths")
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64])
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192])
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the frozen layer")
     parser.add_argument("--out", type=Path, help="the Markdown file; default: standard output")
     parser.add_argument("--date", default="", help="date to record")
     arguments = parser.parse_args()
@@ -87,7 +92,7 @@ def main() -> None:
     lines = [
         "# One adapted linear layer, forward and backward",
         "",
-        f"`python benchmarks/branch.py`: float32, {arguments.rounds} rounds, all in one process, interleaved.",
+        f"`python benchmarks/branch.py`: {arguments.dtype}, {arguments.rounds} rounds, interleaved in one process.",
         f"{arguments.date} {machine()}.",
         "",
         "Time is the median over the rounds of time / LoRA's time in the same round (quartiles); memory the peak of",
@@ -100,7 +105,7 @@ def main() -> None:
         for rank in arguments.ranks:
             for tokens in arguments.tokens:
                 if inputs in arguments.widths:
-                    lines += rows(inputs, outputs, rank, tokens, arguments.rounds)
+                    lines += rows(inputs, outputs, rank, tokens, arguments.rounds, getattr(torch, arguments.dtype))
                     print(*lines[-len(METHODS) :], sep="\n", flush=True)
     publish(lines, arguments.out)
 

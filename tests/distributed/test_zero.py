@@ -181,8 +181,8 @@ def poisoned(net: nn.Module, zero: Any, rank: int) -> tuple[str, bool]:
     return message, all(torch.equal(now[name], value) for name, value in before.items())
 
 
-def half_precision(rank: int) -> tuple[list[str], float, float]:
-    """What is said of factors that ZeRO keeps in bfloat16, and how far their float32 copies and they are off."""
+def half_precision(rank: int) -> tuple[list[str], list[str], float, float]:
+    """What is said of factors in bfloat16, and once their float32 copies were moved; how far these and they are off."""
     net = model()
     for layer in net.modules():
         if isinstance(layer, StiefelLinear):
@@ -193,9 +193,17 @@ def half_precision(rank: int) -> tuple[list[str], float, float]:
         for _ in range(3):
             net.train()
             train(net, zero, range(3), rank, 2)
-    said = [str(warning.message) for warning in caught if "Stiefel" in str(warning.message)]
+        said = [str(warning.message) for warning in caught if "Stiefel" in str(warning.message)]
+        zero.single_partition_of_fp32_groups[0].data.mul_(1.001)  # nothing that rounding did
+        train(net, zero, range(1), rank, 2)
+    moved = [str(warning.message) for warning in caught if "Stiefel" in str(warning.message)]
     index = next(i for i, weight in enumerate(zero.bit16_groups[0]) if weight is net[0].up.weight)
-    return said, distance_to_stiefel(zero.whole(0)[index]).item(), distance_to_stiefel(net[0].up.weight.float()).item()
+    return (
+        said,
+        moved,
+        distance_to_stiefel(zero.whole(0)[index]).item(),
+        distance_to_stiefel(net[0].up.weight.float()).item(),
+    )
 
 
 # What is true of it -----------------------------------------------------------------------------------------------
@@ -227,7 +235,9 @@ def test_a_nan_of_one_process_is_refused_by_both_and_the_factors_stay(stage: str
 
 def test_beside_weights_in_bfloat16_the_float32_copies_are_on_the_manifold_and_nothing_is_said(found: Any) -> None:
     for process in found:
-        said, masters, weights = process["half"]
+        said, moved, masters, weights = process["half"]
         assert said == []
+        assert moved
+        assert all("had left the manifold" in warning for warning in moved)
         assert masters <= 1e-6
         assert 1e-4 < weights < 1e-1
