@@ -91,10 +91,12 @@ class AdaptiveCubic(torch.autograd.Function):
         """Gradients, from z again; written in differentiable operations, so they can be differentiated in turn."""
         z_TR, H_RR, W_RK = ctx.saved_tensors
         rows = _rows(z_TR)
-        pairs = zip(gradients[0].split(rows), z_TR.split(rows), strict=True)
-        parts = [_gradients(g_TR, part_TR, H_RR, W_RK, ctx.grid) for g_TR, part_TR in pairs]
-        dz_TR, dH_RR, dW_RK = zip(*parts, strict=True)
-        return torch.cat(dz_TR), functools.reduce(torch.add, dH_RR), functools.reduce(torch.add, dW_RK), None
+        dz, dH_RR, dW_RK = [], torch.zeros_like(H_RR), torch.zeros_like(W_RK)
+        for g_TR, part_TR in zip(gradients[0].split(rows), z_TR.split(rows), strict=True):
+            dz_TR, more_RR, more_RK = _gradients(g_TR, part_TR, H_RR, W_RK, ctx.grid)
+            dz.append(dz_TR)
+            dH_RR, dW_RK = dH_RR + more_RR, dW_RK + more_RK  # at once: at a large rank H is larger than a piece
+        return torch.cat(dz), dH_RR, dW_RK, None
 
 
 def _values(z_TR: Tensor, H_RR: Tensor, W_RK: Tensor, grid: UniformGrid) -> Tensor:

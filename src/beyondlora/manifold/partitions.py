@@ -7,7 +7,7 @@ wrappers are looked for among all objects, once for every optimizer that steps b
 
 import gc
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor, distributed
@@ -33,20 +33,23 @@ class Piece(NamedTuple):
     size: int
 
 
-def layers_in_partitions(optimizer: Optimizer) -> list[tuple[Tensor, list[StiefelLinear]]]:
-    """The vectors of an optimizer of ZeRO with the Stiefel layers that lie in each, in the same order everywhere."""
+def partitions_of(optimizer: Optimizer) -> list[tuple[Tensor, list[StiefelLinear]]]:
+    """The vectors that an optimizer steps now and that are ZeRO's, with the Stiefel layers that lie in each.
+
+    In the same order in every process. ZeRO has its optimizer step one group of weights after the other.
+    """
     layers = {id(weight_of(layer)): layer for layer in live_stiefel_layers() if is_cut_by_zero(weight_of(layer))}
     if not layers:
         return []
     _look_for_wrappers(optimizer)
-    mine = [found for found in _wrappers if optimizer in (found.optimizer, getattr(found, "backup_optimizer", None))]
-    groups = [(vector, [layers[id(w)] for w in group if id(w) in layers]) for group, vector in _groups(mine)]
-    return [(vector, inside) for vector, inside in groups if inside]
+    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    groups = [(vector, [layers[id(w)] for w in group if id(w) in layers]) for group, vector in _groups(_wrappers)]
+    return [(vector, inside) for vector, inside in groups if inside and id(vector) in stepped]
 
 
 def is_in_a_known_partition(weight: Tensor) -> bool:
     """Whether a weight is stepped by a wrapper that has been found."""
-    return any(weight is known for group, _ in _groups(list(_wrappers)) for known in group)
+    return any(weight is known for group, _ in _groups(_wrappers) for known in group)
 
 
 def piece_of(layer: StiefelLinear) -> Piece:
@@ -78,7 +81,7 @@ def _look_for_wrappers(optimizer: Optimizer) -> None:
                 _wrappers.add(found)
 
 
-def _groups(wrappers: list[Any]) -> Iterator[tuple[list[Tensor], Tensor]]:
-    for wrapper in wrappers:
+def _groups(wrappers: Iterable[Any]) -> Iterator[tuple[list[Tensor], Tensor]]:
+    for wrapper in list(wrappers):
         weights, vectors = LAYOUTS[type(wrapper).__name__]
         yield from zip(getattr(wrapper, weights), getattr(wrapper, vectors), strict=True)

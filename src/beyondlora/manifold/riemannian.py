@@ -28,9 +28,9 @@ from .fast import full_precision
 from .guard import Unowned, check_layer, refuse_optimizer, refuse_out_of_reach, settle, warn_of_used_gradients
 from .linear import StiefelLinear, live_stiefel_layers, weight_of
 from .moves import Move, plan
-from .partitions import layers_in_partitions
+from .partitions import partitions_of
 from .shards import plan_shards
-from .zero import Partitioned, plan_partitions
+from .zero import Partitioned
 
 
 @dataclass
@@ -101,13 +101,14 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
         return
     _steps.pop(optimizer, None)  # of a step that raised
     owned = stiefel_layers_of(optimizer)
-    cut = [] if owned else layers_in_partitions(optimizer)
+    cut = [] if owned else partitions_of(optimizer)
     if not owned and not cut:
         refuse_out_of_reach(live_stiefel_layers())
     _unowned.watch(optimizer, owned + [layer for _, inside in cut for layer in inside])
     if cut:
         refuse_optimizer(optimizer)
-        _begin_partitions(optimizer, plan_partitions(optimizer, cut))
+        vectors = [vector for vector, _ in cut]
+        _steps[optimizer] = _begin_moves([], [Partitioned(vector, inside) for vector, inside in cut], vectors)
     layers = [layer for layer in owned if weight_of(layer).requires_grad]
     if not layers:
         return
@@ -136,11 +137,6 @@ def _begin(optimizer: Optimizer, layers: list[StiefelLinear]) -> None:
     step = _steps[optimizer] = _begin_moves(layers, moves, weights)
     for gradient, version in step.gradients:
         gradient._used_at_version = version  # type: ignore[attr-defined]
-
-
-def _begin_partitions(optimizer: Optimizer, moves: list[Partitioned]) -> None:
-    if moves:
-        _steps[optimizer] = _begin_moves([], moves, [move.vector for move in moves])
 
 
 def _begin_moves(layers: list[StiefelLinear], moves: Sequence[Move], weights: list[Tensor]) -> _Step:

@@ -12,7 +12,6 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, distributed
-from torch.optim import Optimizer
 
 from .guard import must_return, settle
 from .linear import PRECISE, SURELY_NO_ROUNDING, StiefelLinear
@@ -107,9 +106,3 @@ class Partitioned:
         for layer, matrix in zip(self.layers, matrices, strict=True):
             start, offset, size = piece_of(layer)
             vector[offset : offset + size] = layer.tall(matrix).reshape(-1)[start : start + size]
-
-
-def plan_partitions(optimizer: Optimizer, partitions: list[tuple[Tensor, list[StiefelLinear]]]) -> list[Partitioned]:
-    """The moves of the partitions that the optimizer steps now: ZeRO has it step one group after the other."""
-    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    return [Partitioned(vector, layers) for vector, layers in partitions if id(vector) in stepped]
