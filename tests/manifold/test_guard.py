@@ -115,6 +115,19 @@ def test_partitions_of_an_unknown_kind_are_refused_at_the_first_step_of_their_op
     torch.optim.AdamW([flat], lr=0.1).step()  # nobody trains the factor
 
 
+def test_an_optimizer_that_cannot_is_refused_inside_zero_too() -> None:
+    """Before anything travels between processes: there are none here."""
+    layer, vector = StiefelLinear(4, 64), nn.Parameter(torch.zeros(256))
+    layer.weight._hp_mapping = None
+    wrapper = type("DeepSpeedZeroOptimizer", (), {})()
+    wrapper.bit16_groups, wrapper.single_partition_of_fp32_groups = [[layer.weight]], [vector]
+    vector.grad = torch.ones(256)
+    optimizer = type("AdamWScheduleFree", (torch.optim.SGD,), {})([vector], lr=0.1)
+    with pytest.raises(ValueError, match=r"AdamWScheduleFree cannot step Stiefel factors: .*averages"):
+        optimizer.step()
+    assert not vector.any()
+
+
 def test_a_factor_stepped_as_a_copy_is_refused_at_the_second_step() -> None:
     """What DeepSpeed does in half precision without ZeRO: float32 masters are stepped, and written back by `.data`."""
     layer, other = StiefelLinear(4, 64), nn.Linear(3, 3)
