@@ -102,6 +102,22 @@ def test_optimizers_that_cannot_are_refused_by_name(name: str) -> None:
     assert torch.equal(layer.weight, before)
 
 
+def test_deepspeed_may_round_a_factor_for_it_steps_a_copy() -> None:
+    layer = StiefelLinear(4, 64)
+    exec("layer.bfloat16()", {"__name__": "deepspeed.runtime.engine", "layer": layer})
+    assert layer.weight.dtype == torch.bfloat16
+    assert layer.bfloat16().train().weight.dtype == torch.float32  # anybody else may not
+
+
+def test_before_zero_3_factors_are_left_in_the_dtype_that_others_gave_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TRL rounds what is trained, and DeepSpeed refuses two dtypes without a word."""
+    monkeypatch.setattr("transformers.integrations.deepspeed.is_deepspeed_zero3_enabled", lambda: True)
+    layer = StiefelLinear(4, 64)
+    layer.weight.data = layer.weight.data.bfloat16()
+    assert layer.train().weight.dtype == torch.bfloat16
+    assert StiefelLinear(4, 64).bfloat16().weight.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("mark", ["ds_id", "_hp_mapping"])
 def test_partitions_of_an_unknown_kind_are_refused_at_the_first_step_of_their_optimizer(mark: str) -> None:
     """DeepSpeed hands its optimizer flat partitions, so nothing but marks on the parameters tells of it."""

@@ -1,5 +1,6 @@
 """StiefelLinear: a linear layer whose type says that its weight lives on a Stiefel manifold."""
 
+import sys
 import warnings
 import weakref
 from collections.abc import Callable
@@ -26,7 +27,7 @@ class StiefelLinear(nn.Linear):
 
     The weight stays in float32 (or float64): `.to(bfloat16)`, `.half()` and friends move it to the device asked for
     and leave its precision alone. bfloat16 keeps 8 bits: orthonormality is off by 3e-4 as soon as the factor is
-    rounded, and most entries do not move in a typical step.
+    rounded, and most entries do not move in a typical step. DeepSpeed may round it: what it steps is a float32 copy.
 
     Args:
         in_features: N, size of the last dimension of the input.
@@ -96,7 +97,9 @@ class StiefelLinear(nn.Linear):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         def keep_precision(tensor: Tensor) -> Tensor:
             converted = fn(tensor)
-            return converted if converted.dtype in PRECISE else tensor.to(converted.device)
+            if converted.dtype in PRECISE or _deepspeed_asks() or _zero_3_is_coming():
+                return converted
+            return tensor.to(converted.device)
 
         return super()._apply(keep_precision, recurse)
 
@@ -112,8 +115,8 @@ class StiefelLinear(nn.Linear):
         TRL's SFTTrainer does so to every trainable parameter beside a base in 4 or 8 bits.
         """
         weight = weight_of(self)
-        if weight.dtype in PRECISE or weight.is_meta or is_cut_by_zero(weight):
-            return  # ZeRO's master copies are in float32
+        if weight.dtype in PRECISE or weight.is_meta or is_cut_by_zero(weight) or _zero_3_is_coming():
+            return  # ZeRO's own copies are in float32
         with torch.no_grad():
             weight.data = self._on_the_manifold(weight.detach())
             if weight.grad is not None:
@@ -155,6 +158,22 @@ def live_stiefel_layers() -> list[StiefelLinear]:
     """Every StiefelLinear alive in this process that has its weight."""
     # A layer whose __init__ raised lives without one for as long as the traceback is kept (notebooks keep the last).
     return [layer for layer in list(_live) if weight_of(layer) is not None]
+
+
+def _deepspeed_asks() -> bool:
+    """Whether DeepSpeed is casting a model: it wants one dtype of all weights, and steps float32 copies of its own."""
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_globals.get("__name__") == "deepspeed.runtime.engine":
+            return True
+    return False
+
+
+def _zero_3_is_coming() -> bool:
+    """Whether transformers trains under ZeRO 3 in this process: there others cast what DeepSpeed will step."""
+    known = sys.modules.get("transformers.integrations.deepspeed")
+    return known is not None and bool(known.is_deepspeed_zero3_enabled())
 
 
 def is_cut_by_zero(weight: Tensor) -> bool:
