@@ -102,6 +102,24 @@ def test_optimizers_that_cannot_are_refused_by_name(name: str) -> None:
     assert torch.equal(layer.weight, before)
 
 
+def test_a_factor_is_stepped_plainly_after_zero_which_leaves_its_mark() -> None:
+    layer = with_gradient(StiefelLinear(4, 64))
+    layer.weight._hp_mapping = None
+    before = layer.weight.detach().clone()
+    torch.optim.AdamW(layer.parameters(), 1e-2).step()
+    assert distance_to_stiefel(layer.orthonormal) < 1e-6
+    assert (layer.weight - before).abs().max() > 1e-3
+
+
+def test_a_partition_is_not_looked_at_when_it_is_saved() -> None:
+    for weight in (torch.empty(0), torch.ones(64, 4, dtype=torch.bfloat16)):
+        layer = StiefelLinear(4, 64)
+        layer.weight.data = weight
+        layer.weight.ds_id = 0
+        check_manifold(layer)
+        assert layer.weight.dtype == weight.dtype
+
+
 def test_deepspeed_may_round_a_factor_for_it_steps_a_copy() -> None:
     layer = StiefelLinear(4, 64)
     exec("layer.bfloat16()", {"__name__": "deepspeed.runtime.engine", "layer": layer})

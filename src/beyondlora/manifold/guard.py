@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from .linear import StiefelLinear, is_cut_by_zero, live_stiefel_layers, weight_of
+from .linear import PRECISE, StiefelLinear, is_cut_by_zero, live_stiefel_layers, weight_of
 from .moves import refused_steps
 from .partitions import is_in_a_known_partition
 from .stiefel import distance_to_stiefel, polar_retraction
@@ -91,8 +91,11 @@ def check_layer(layer: StiefelLinear, *, again: bool = False) -> None:
     layer.restore_precision()
     if weight.is_inference() or (layer.settled == (id(weight), weight._version) and not again):
         return
-    refuse_out_of_reach([layer])
-    if isinstance(weight, DTensor) or is_cut_by_zero(weight):
+    if not is_cut_by_zero(weight):
+        refuse_out_of_reach([layer])
+    elif weight.shape != _shape(layer) or weight.dtype not in PRECISE:
+        return  # ZeRO's float32 copies are what counts; a whole weight may be stepped plainly after it
+    if isinstance(weight, DTensor):
         return  # processes look together, at the beginning of their step
     with torch.no_grad():
         _bring_back(layer, layer.orthonormal.detach())
