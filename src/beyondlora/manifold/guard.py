@@ -228,7 +228,9 @@ class Unowned:
             )
 
     def _refuse_moved(self, layer: StiefelLinear, optimizer: Optimizer) -> None:
-        if self._waits[layer] > PATIENCE or _out_of_reach(layer) or isinstance(layer.weight, DTensor):
+        weight = layer.weight
+        elsewhere = isinstance(weight, DTensor) or is_cut_by_zero(weight) or _out_of_reach(layer)
+        if elsewhere or self._waits[layer] > PATIENCE:
             return
         distance = distance_to_stiefel(layer.orthonormal.detach()).item()
         if distance <= ROUNDED:

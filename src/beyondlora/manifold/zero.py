@@ -79,8 +79,9 @@ class Partitioned:
 
     def is_still(self) -> bool:
         """See `Move`."""
-        # What is not finite is equal to nothing: it has moved.
-        return all(map(torch.equal, self._gather(self.vector), (Y_MR.float().double() for Y_MR in self.before)))
+        # As it is stored; what is not finite is equal to nothing, so it has moved.
+        before = (Y_MR.to(self.vector.dtype).double() for Y_MR in self.before)
+        return all(map(torch.equal, self._gather(self.vector), before))
 
     def undo(self) -> None:
         """See `Move`."""
