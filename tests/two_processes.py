@@ -2,10 +2,11 @@
 
 import socket
 from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch import Tensor, distributed, nn
 
 from beyondlora.adapters import StellaAdapter
 from beyondlora.manifold import distance_to_stiefel
@@ -26,18 +27,8 @@ def model(dtype: torch.dtype = torch.float32) -> nn.Sequential:
     )
 
 
-def sharded(net: nn.Sequential) -> nn.Sequential:
-    for layer in net:
-        fully_shard(layer) if isinstance(layer, StellaAdapter) else None
-    return fully_shard(net)
-
-
 def adamw(net: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(net.parameters(), 0.01)
-
-
-def sgd(net: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(net.parameters(), 0.05, momentum=0.9)
 
 
 def train(
@@ -53,6 +44,13 @@ def train(
     return optimizer
 
 
+class Skipping(torch.optim.SGD):
+    """As a fused optimizer that a gradient scaler tells of an infinite gradient."""
+
+    def step(self, closure: Any = None) -> None:
+        pass
+
+
 def alone(steps: int, make: Callable[[nn.Module], torch.optim.Optimizer], dtype: torch.dtype) -> Weights:
     net = model(dtype)
     train(net, make(net), range(steps))
@@ -63,6 +61,14 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def join(rank: int, port: int) -> None:
+    """Make this one of two gloo processes, of one thread each."""
+    torch.set_num_threads(1)
+    address = f"tcp://127.0.0.1:{port}"
+    # A call that one process leaves out is an error after some minutes, and no test that never ends.
+    distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2, timeout=timedelta(minutes=4))
 
 
 def assert_close(ours: Weights, expected: Weights, atol: float) -> None:

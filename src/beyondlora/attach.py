@@ -216,7 +216,10 @@ def config_content(folder: Path) -> dict[str, Any]:
 def load_weights(model: Trained, folder: Path) -> None:
     """Load the tensors of a folder into a model of its form. Raises: FileNotFoundError, ValueError."""
     with processes.whole((weight for weight in model.parameters() if weight.requires_grad), written=True):
-        _load_adapter_weights(model, folder) if isinstance(model, PeftModel) else _load_model(model, folder)
+        if isinstance(model, PeftModel):
+            _load_adapter_weights(model, folder)
+        else:
+            _load_model(model, folder)
 
 
 def _load_adapter_weights(model: PeftModel, folder: Path) -> None:

@@ -127,16 +127,20 @@ class Recorder(TrainerCallback):
             if self.main:
                 save_trained(model, folder, self.processor)
 
+    def save_last(self, model: Trained) -> None:
+        """Save the weights as last/, and as adapter/ where no evaluation chose one; for all processes to call."""
+        self.save(model, self.run.last)
+        if not self.best_step:
+            self.save(model, self.run.adapter)
+
     def keep_finite(self, model: Trained) -> None:
-        """Save the last weights that gave a finite loss as last/, and as adapter/ where no evaluation chose one."""
+        """Go back to the last weights that gave a finite loss, and save them."""
         if self.finite is not None:
             with torch.no_grad():
                 weights = dict(model.named_parameters())
                 for name, value in self.finite[1].items():
                     processes.put_back(weights[name], value)
-        self.save(model, self.run.last)
-        if not self.best_step:
-            self.save(model, self.run.adapter)
+        self.save_last(model)
 
     def _evaluate(self, model: Trained, state: TrainerState) -> None:
         figures: dict[str, Any] = {}

@@ -8,12 +8,12 @@ that is reported or chosen by comes from measure.py, not from the Trainer's aver
 
 import dataclasses
 import json
-import os
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments, set_seed
 from transformers.integrations.deepspeed import deepspeed_init, is_deepspeed_zero3_enabled
 from transformers.trainer_callback import PrinterCallback
@@ -118,7 +118,7 @@ def train(
 def _check_launch(recipe: Recipe) -> None:
     """Refuse what cannot be done with weights that accelerate was asked to cut over the processes."""
     # On a CPU accelerate answers this request with plain data parallel.
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true") and device().type != "cpu":
+    if parse_flag_from_env("ACCELERATE_USE_FSDP") and device().type != "cpu":
         raise ValueError(
             "accelerate was asked for FSDP, which cuts every weight over the processes, and a recipe's run has not "
             "learned to save such weights. Launch it under DeepSpeed for that (accelerate launch --use_deepspeed "
@@ -243,9 +243,7 @@ def _finish(model: Trained, recorder: Recorder, examination: Examination | None)
     """Save the last adapter, measure the best, write the summary; metrics.json comes last, and says: finished."""
     run, recipe = recorder.run, recorder.recipe
     trainable, total = count_parameters(model)
-    recorder.save(model, run.last)
-    if not recorder.best_step:
-        recorder.save(model, run.adapter)
+    recorder.save_last(model)
     PartialState().wait_for_everyone()
     scores: Measurements = {}
     if examination is not None:

@@ -3,7 +3,6 @@
 import json
 import multiprocessing
 import os
-import socket
 import sys
 import types
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 import small_runs
 import torch
+from two_processes import free_port
 
 from beyondlora import processes
 
@@ -86,12 +86,6 @@ def poison(rank: int) -> None:
         return output
 
     LlamaForCausalLM.forward = poisoned
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ The two processes are started once, do everything of `worker`, and leave what th
 
 import json
 import warnings
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +19,36 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from two_processes import (
+    Skipping,
     Weights,
     adamw,
     alone,
     assert_close,
     assert_orthonormal,
     free_port,
+    join,
     model,
-    sgd,
-    sharded,
     train,
 )
 
+from beyondlora.adapters import StellaAdapter
 from beyondlora.manifold import StiefelLinear, distance_to_stiefel
+
+
+def sharded(net: nn.Sequential) -> nn.Sequential:
+    for layer in net:
+        fully_shard(layer) if isinstance(layer, StellaAdapter) else None
+    return fully_shard(net)
+
+
+def sgd(net: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(net.parameters(), 0.05, momentum=0.9)
+
 
 # What each of the two processes does ------------------------------------------------------------------------------
 
@@ -55,10 +67,7 @@ class Collectives(TorchDispatchMode):
 
 
 def worker(rank: int, port: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    address = f"tcp://127.0.0.1:{port}"
-    # A call that one process leaves out is an error after some minutes, and no test that never ends.
-    distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2, timeout=timedelta(minutes=4))
+    join(rank, port)
     found: dict[str, Any] = {}
     net = model()
     train(DistributedDataParallel(net), adamw(net), range(50), rank, 2)
@@ -98,13 +107,6 @@ def off(net: nn.Module, optimizer: torch.optim.Optimizer, rank: int) -> list[str
         said += [str(warning.message) for warning in caught if "Stiefel" in str(warning.message)]
         said.append(f"{distance_to_stiefel(net[0].up.weight.full_tensor()).item():.0e}")
     return said
-
-
-class Skipping(torch.optim.SGD):
-    """As a fused optimizer that a gradient scaler tells of an infinite gradient."""
-
-    def step(self, closure: Any = None) -> None:
-        pass
 
 
 def poisoned(net: nn.Module, optimizer: torch.optim.Optimizer, rank: int) -> tuple[str, bool]:

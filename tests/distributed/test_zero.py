@@ -5,7 +5,6 @@ the step is tested everywhere: factors cut across processes, in the other proces
 """
 
 import warnings
-from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,16 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, distributed, multiprocessing, nn
-from two_processes import (
-    ROWS,
-    adamw,
-    alone,
-    assert_close,
-    assert_orthonormal,
-    free_port,
-    model,
-    train,
-)
+from two_processes import ROWS, Skipping, adamw, alone, assert_close, assert_orthonormal, free_port, join, model, train
 
 from beyondlora.manifold import StiefelLinear, distance_to_stiefel
 
@@ -138,13 +128,6 @@ class DeepSpeedZeroOptimizer_Stage3:  # noqa: N801
             weight.grad = None
 
 
-class Skipping(torch.optim.SGD):
-    """As an optimizer that a gradient scaler tells of an infinite gradient."""
-
-    def step(self, closure: Any = None) -> None:
-        pass
-
-
 def adamw_of(vectors: list[nn.Parameter]) -> torch.optim.Optimizer:
     # Weight decay group by group, as AdamW's default would have it.
     return torch.optim.AdamW([{"params": [vector]} for vector in vectors], 0.01)
@@ -154,9 +137,7 @@ def adamw_of(vectors: list[nn.Parameter]) -> torch.optim.Optimizer:
 
 
 def worker(rank: int, port: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    address = f"tcp://127.0.0.1:{port}"
-    distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2, timeout=timedelta(minutes=4))
+    join(rank, port)
     found: dict[str, Any] = {}
     for stage, kind in (("2", DeepSpeedZeroOptimizer), ("3", DeepSpeedZeroOptimizer_Stage3)):
         net = model(torch.float64)

@@ -51,7 +51,7 @@ def refuse_out_of_reach(layers: list[StiefelLinear]) -> None:
         trained = layer.weight.requires_grad or any(made.requires_grad for made in layer.parameters())
         if trained and (why := _out_of_reach(layer)):
             raise ValueError(
-                f"A Stiefel factor of shape {_shape(layer)} cannot be stepped: {why}. Use "
+                f"A Stiefel factor of shape {layer.whole_shape} cannot be stepped: {why}. Use "
                 "DDP, FSDP2 (fully_shard) or DeepSpeed's ZeRO, or give the factors a Euclidean geometry."
             )
 
@@ -62,7 +62,7 @@ def _out_of_reach(layer: StiefelLinear) -> str | None:
         return None if known else "DeepSpeed steps it in partitions, and not by an optimizer of ZeRO 1, 2 or 3"
     if "weight" not in layer._parameters:
         return "its weight is made from other parameters (FSDP1's flat ones, a parametrization), which are stepped"
-    if layer.weight.shape != (layer.out_features, layer.in_features):
+    if layer.weight.shape != layer.whole_shape:
         return f"its weight has become a flat shard of shape {tuple(layer.weight.shape)} (FSDP1)"
     return None
 
@@ -93,7 +93,7 @@ def check_layer(layer: StiefelLinear, *, again: bool = False) -> None:
         return
     if not is_cut_by_zero(weight):
         refuse_out_of_reach([layer])
-    elif weight.shape != _shape(layer) or weight.dtype not in PRECISE:
+    elif weight.shape != layer.whole_shape or weight.dtype not in PRECISE:
         return  # ZeRO's float32 copies are what counts; a whole weight may be stepped plainly after it
     if isinstance(weight, DTensor):
         return  # processes look together, at the beginning of their step
@@ -169,22 +169,17 @@ def must_return(layer: StiefelLinear, distance: float) -> bool:
     if distance <= ROUNDED:
         return False
     warnings.warn(
-        f"A Stiefel factor of shape {_shape(layer)} had left the manifold by {distance:.1e} without our step, and has "
-        "been brought back to the nearest orthonormal matrix. Reasons: weights stored in half precision, an edit by "
-        "hand, an optimizer that does not run torch's step hooks.",
+        f"A Stiefel factor of shape {layer.whole_shape} had left the manifold by {distance:.1e} without our step, and "
+        "has been brought back to the nearest orthonormal matrix. Reasons: weights stored in half precision, an edit "
+        "by hand, an optimizer that does not run torch's step hooks.",
         stacklevel=4,
     )
     return True
 
 
-def _shape(layer: StiefelLinear) -> tuple[int, int]:
-    """Of the whole weight, of which a process may hold some."""
-    return layer.out_features, layer.in_features
-
-
 def _far(layer: StiefelLinear, distance: float) -> str:
     return (
-        f"A Stiefel factor of shape {_shape(layer)} is off the manifold by {distance:.1e} (max |YᵀY − I|): "
+        f"A Stiefel factor of shape {layer.whole_shape} is off the manifold by {distance:.1e} (max |YᵀY − I|): "
         "something moved it without the Riemannian step. Load a good checkpoint; step it with an optimizer that runs "
         "torch's step hooks; or, to keep these weights, project them yourself: "
         "weight.copy_(polar_retraction(weight, zeros))."
@@ -237,7 +232,7 @@ class Unowned:
             self._orthonormal.add(layer)
         elif layer in self._orthonormal:
             raise ValueError(
-                f"A Stiefel factor of shape {_shape(layer)} has left the manifold by {distance:.1e} since "
+                f"A Stiefel factor of shape {layer.whole_shape} has left the manifold by {distance:.1e} since "
                 f"{type(optimizer).__name__} stepped last, and it does not own the factor: a copy of it is stepped and "
                 "written back, as half-precision optimizers with master weights do (DeepSpeed's without ZeRO, apex's). "
                 "Use DDP, FSDP2 (fully_shard) or DeepSpeed's ZeRO, or give the factors a Euclidean geometry."

@@ -86,6 +86,11 @@ class StiefelLinear(nn.Linear):
         return matrix if self.out_features >= self.in_features else matrix.mT
 
     @property
+    def whole_shape(self) -> tuple[int, int]:
+        """The weight's shape, of which a process may hold some."""
+        return self.out_features, self.in_features
+
+    @property
     def orthonormal(self) -> Tensor:
         """The weight as Y (rows, R) with orthonormal columns, a view."""
         return self.tall(self.weight)
@@ -127,7 +132,7 @@ class StiefelLinear(nn.Linear):
         if (
             isinstance(loaded, Tensor)
             and type(loaded) in (Tensor, nn.Parameter)
-            and loaded.shape == self.weight.shape == (self.out_features, self.in_features)  # and no part of one
+            and loaded.shape == self.weight.shape == self.whole_shape  # and no part of one
             and not loaded.is_meta
         ):
             state_dict[f"{prefix}weight"] = self._on_the_manifold(loaded.detach())

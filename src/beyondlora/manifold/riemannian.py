@@ -109,6 +109,7 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
         refuse_optimizer(optimizer)
         vectors = [vector for vector, _ in cut]
         _steps[optimizer] = _begin_moves([], [Partitioned(vector, inside) for vector, inside in cut], vectors)
+        return
     layers = [layer for layer in owned if weight_of(layer).requires_grad]
     if not layers:
         return

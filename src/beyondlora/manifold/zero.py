@@ -97,10 +97,7 @@ class Partitioned:
             start, offset, size = piece_of(layer)
             flat[start : start + size] = vector[offset : offset + size]
         distributed.all_reduce(whole, group=process_group(layers[0].weight))
-        return [
-            layer.tall(flat.view(layer.out_features, layer.in_features)).double()
-            for layer, flat in zip(layers, flats, strict=True)
-        ]
+        return [layer.tall(flat.view(layer.whole_shape)).double() for layer, flat in zip(layers, flats, strict=True)]
 
     def _put(self, vector: Tensor, matrices: Iterable[Tensor]) -> None:
         """The inverse of `_gather`: write what this process holds of the matrices into its vector."""
