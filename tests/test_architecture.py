@@ -31,6 +31,7 @@ LEVELS = {
     "__main__": 10,
 }
 LEAVES = {
+    "precise",
     "targets",
     "recipe",
     "models",

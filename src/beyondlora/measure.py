@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
 
 from . import processes
+from .precise import precise
 
 VERSION = 1  # changes whenever a figure's definition does: figures of two versions do not stand in one table
 RESAMPLES = 400  # of the bootstrap; its own error on a standard error is then about 4 %
@@ -141,7 +142,7 @@ def _token_losses(batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tenso
     logits = logits[:, -labels.shape[1] :]  # a method with virtual tokens puts them in front
     targets = labels[:, 1:]
     nll = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), targets, ignore_index=-100, reduction="none")
-    return nll.double().sum(dim=1), (targets != -100).sum(dim=1)
+    return precise(nll).sum(dim=1), (targets != -100).sum(dim=1)
 
 
 def _gathered(pairs: Any, rows: Any) -> tuple[torch.Tensor, torch.Tensor]:

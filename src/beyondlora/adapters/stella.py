@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from ..manifold.linear import StiefelLinear
 from ..manifold.stiefel import RETRACTIONS, random_stiefel
+from ..precise import precise, precise_device
 from .adapter import Adapter
 from .fused import Hidden, has_hooks
 from .reading import Reading
@@ -155,8 +156,9 @@ class StellaAdapter(Adapter):
             )  # type: ignore[return-value]
         if base_weight is None:
             raise ValueError(f"start={start!r} takes singular vectors of the base weight: pass base_weight (M, N).")
+        dtype = torch.promote_types(base_weight.dtype, torch.float32)
         U_MK, _, Vh_KN = torch.linalg.svd(
-            base_weight.to(torch.promote_types(base_weight.dtype, torch.float32)), full_matrices=False
+            base_weight.to(precise_device(base_weight.device), dtype), full_matrices=False
         )
         kept = slice(0, self.rank) if start == "svd_major" else slice(-self.rank, None)
         return U_MK[:, kept], Vh_KN[kept].mT
@@ -173,8 +175,8 @@ class StellaAdapter(Adapter):
     @torch.no_grad()
     def adopt(self, up_MK: Tensor, down_KN: Tensor) -> None:
         """Become up · down: U, V the bases of its column and row space, S its singular values over the scaling."""
-        Q_MK, upper_KK = torch.linalg.qr(up_MK.double())
-        Q_NK, lower_KK = torch.linalg.qr(down_KN.mT.double())
+        Q_MK, upper_KK = torch.linalg.qr(precise(up_MK))
+        Q_NK, lower_KK = torch.linalg.qr(precise(down_KN.mT))
         left_KR, sigma_R, right_RK = torch.linalg.svd(upper_KK @ lower_KK.mT, full_matrices=False)
         kept = slice(0, self.rank)
         self.up.weight.copy_((Q_MK @ left_KR)[:, kept])

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..manifold.stiefel import distance_to_stiefel
+from ..precise import precise
 from .branches import Branch, find_branches
 from .recorders import BranchRecorder, Tokens, WholeRecorder
 from .spectra import (
@@ -196,8 +197,8 @@ def _describe_whole(recorder: WholeRecorder) -> LayerProfile:
 
 def _describe_branch(recorder: BranchRecorder) -> LayerProfile:
     branch, F_KC = recorder.branch, recorder.qr.factor()
-    W_MR = branch.up.weight.double() * branch.scaling
-    distances = {name: distance_to_stiefel(f.orthonormal.double()).item() for name, f in branch.orthonormal.items()}
+    W_MR = precise(branch.up.weight) * branch.scaling
+    distances = {name: distance_to_stiefel(f.orthonormal).item() for name, f in branch.orthonormal.items()}
     sigma, directions_Mk = product_svd(F_KC[:, -branch.rank :], W_MR)
     figures: dict[str, Any] = {}
     if recorder.seen > 1:
@@ -225,7 +226,7 @@ def _inputs(branch: Branch, F_KC: Tensor, W_MR: Tensor) -> Tensor | None:
         P_MR = W_MR @ nearest_affine(F_KC, branch.rank)
     elif branch.update is not None:
         P_MR, Q_RN = branch.update
-    sigma, directions_Nk = product_svd(torch.linalg.qr(P_MR.double(), mode="r").R, Q_RN.mT)
+    sigma, directions_Nk = product_svd(torch.linalg.qr(precise(P_MR), mode="r").R, Q_RN.mT)
     return directions_Nk[:, : manifold_dimension(sigma)] if sigma.any() else None
 
 
@@ -242,7 +243,7 @@ def _shape(sigma: Tensor) -> dict[str, Any]:
 def _units(F_KR: Tensor, W_MR: Tensor) -> dict[str, float]:
     """A unit's part in the outputs is its column of H times its column of W: their norms multiply."""
     parts_R = torch.linalg.vector_norm(F_KR, dim=0) * torch.linalg.vector_norm(W_MR, dim=0)
-    return {"dead_units": (parts_R <= DEAD * parts_R.max()).double().mean().item()}
+    return {"dead_units": (parts_R <= DEAD * parts_R.max()).float().mean().item()}
 
 
 def _saturation(recorder: BranchRecorder) -> dict[str, float]:
@@ -251,7 +252,7 @@ def _saturation(recorder: BranchRecorder) -> dict[str, float]:
     shares_R = torch.stack([torch.as_tensor(a.flat) / a.seen for a in recorder.activations])
     return {
         "saturated": shares_R.mean().item(),
-        "saturated_units": (shares_R >= 0.99).double().mean().item(),
+        "saturated_units": (shares_R >= 0.99).float().mean().item(),
     }
 
 
@@ -271,7 +272,7 @@ def _describe_spline(spline: Any, counts: Tensor | int) -> SplineProfile:
     low, high = spline.grid_range
     reach = spline.order * (high - low) / spline.grid_size  # beyond it every basis function is zero
     z = torch.linspace(low - reach, high + reach, CURVE_POINTS, device=spline.weight.device)
-    shares = torch.as_tensor(counts).double()
+    shares = precise(torch.as_tensor(counts))
     return SplineProfile(
         grid=torch.linspace(low, high, spline.grid_size + 1).tolist(),
         occupancy=(shares / shares.sum()).tolist(),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.bspline import Spline
+from ..precise import precise
 from .branches import Branch, Whole
 from .spectra import CentredQR
 
@@ -105,7 +106,7 @@ class WholeRecorder:
                 f"{self.whole.name}: this method's outputs are known only as a difference of two, and in "
                 f"{output.dtype} it is mostly rounding. Load the base in float32 (`dtype: float32` in a recipe)."
             )
-        difference = output.double() - module.base_layer(*args, **kwargs).double()
+        difference = precise(output) - precise(module.base_layer(*args, **kwargs))
         self.qr.add(self.tokens.rows(difference)[: self.tokens.wanted - self.seen])
 
 

@@ -12,6 +12,8 @@ Björck and Golub, Numerical methods for computing angles between linear subspac
 import torch
 from torch import Tensor
 
+from ..precise import precise
+
 ENERGY = 0.90  # of the manifold dimension, as in arXiv 2602.22911
 
 
@@ -51,7 +53,7 @@ class CentredQR:
     def _absorb(self) -> None:
         if not self._waiting_rows:
             return
-        X_TC = _precise(torch.cat(self._waiting))
+        X_TC = precise(torch.cat(self._waiting).detach())
         block = torch.cat([X_TC.new_ones(len(X_TC), 1), X_TC], dim=1)
         stacked = block if self._factor is None else torch.cat([self._factor, block])
         self._factor = torch.linalg.qr(stacked, mode="r").R
@@ -67,15 +69,15 @@ def product_svd(F_KR: Tensor, W_MR: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns: σ (min(K, R, M),), descending, in the unit of F·W, and right singular vectors as columns (M, min(K, R, M)).
     """
-    Q_MR, G_RR = torch.linalg.qr(_precise(W_MR))
-    _, sigma, Vh = torch.linalg.svd(_precise(F_KR) @ G_RR.mT, full_matrices=False)
+    Q_MR, G_RR = torch.linalg.qr(precise(W_MR.detach()))
+    _, sigma, Vh = torch.linalg.svd(precise(F_KR.detach()) @ G_RR.mT, full_matrices=False)
     return sigma, Q_MR @ Vh.mT
 
 
 def factored_singular_values(P_MR: Tensor, Q_RN: Tensor) -> Tensor:
     """Singular values of P Q (M, N), descending, (min(M, R, N),): exact, from two QRs and an R×R SVD."""
     return torch.linalg.svdvals(
-        torch.linalg.qr(_precise(P_MR), mode="r").R @ torch.linalg.qr(_precise(Q_RN).mT, mode="r").R.mT
+        torch.linalg.qr(precise(P_MR.detach()), mode="r").R @ torch.linalg.qr(precise(Q_RN.detach()).mT, mode="r").R.mT
     )
 
 
@@ -127,7 +129,7 @@ def unexplained_share(F_KC: Tensor, W_MR: Tensor) -> float | None:
     before = F_KC.shape[1] - rank
     if len(F_KC) <= before:
         return None
-    G_RR = torch.linalg.qr(_precise(W_MR), mode="r").R
+    G_RR = torch.linalg.qr(precise(W_MR.detach()), mode="r").R
     total = torch.linalg.matrix_norm(H_KR @ G_RR.mT) ** 2
     return (torch.linalg.matrix_norm(H_KR[before:] @ G_RR.mT) ** 2 / total).item() if total > 0 else None
 
@@ -138,7 +140,7 @@ def nearest_affine(F_KC: Tensor, rank: int) -> Tensor:
     What no row of Z reaches is left out of C, the smallest of all solutions.
     """
     before = F_KC.shape[1] - rank
-    F = _precise(F_KC)[:before]
+    F = precise(F_KC.detach())[:before]
     return (torch.linalg.pinv(F[:, :before]) @ F[:, before:]).mT
 
 
@@ -150,12 +152,7 @@ def principal_angles(A_Mk: Tensor, B_Mk: Tensor) -> Tensor:
     Args:
         A_Mk, B_Mk: orthonormal columns, as many in each.
     """
-    A, B = _precise(A_Mk), _precise(B_Mk)
+    A, B = precise(A_Mk.detach()), precise(B_Mk.detach())
     cos = torch.linalg.svdvals(A.mT @ B)
     sin = torch.linalg.svdvals(B - A @ (A.mT @ B)).flip(0)
     return torch.where(cos**2 > 0.5, sin.clamp(max=1).asin(), cos.clamp(max=1).acos())
-
-
-def _precise(matrix: Tensor) -> Tensor:
-    """In float64, on the CPU where the device has none (MPS)."""
-    return matrix.detach().to("cpu" if matrix.device.type == "mps" else matrix.device).to(torch.float64)

@@ -5,6 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
+from ..evaluate import device
+
 State = Literal["yes", "approximate", "refused", "wrong", "absent"]
 
 
@@ -31,9 +35,11 @@ class Answer:
 
 
 def ask(probe: Callable[[], None]) -> Answer:
-    """Run a probe that returns where the thing works, and raises where it does not."""
+    """Run a probe that returns where the thing works, and raises where it does not. Random numbers are put back."""
+    where = device()
     try:
-        probe()
+        with torch.random.fork_rng([] if where.type == "cpu" else [where.index or 0], device_type=where.type):
+            probe()
     except WrongResultError as error:
         return Answer("wrong", str(error))
     except ApproximateResultError as error:

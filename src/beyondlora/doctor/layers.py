@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..evaluate import device
+
 TARGET = "target"
 EIGHT_BITS, FOUR_BITS = 0.03, 0.25  # the grain of quantised weights, which are quantised again
 
@@ -53,7 +55,7 @@ class LayerKind:
 
     Attributes:
         name: as people call it.
-        build: makes a model with one such layer, named "target".
+        build: makes a model with one such layer, named "target", on the accelerator or still on the CPU.
         inputs: makes a batch of three rows for it.
         package: what must be installed for it.
     """
@@ -72,20 +74,19 @@ class LayerKind:
 def _bitsandbytes_8bit() -> nn.Module:
     from bitsandbytes.nn.modules import Linear8bitLt
 
-    return _on_a_device(Linear8bitLt(64, 32, has_fp16_weights=False), EIGHT_BITS, is_loaded_in_8bit=True)
+    return _loaded(Linear8bitLt(64, 32, has_fp16_weights=False), EIGHT_BITS, is_loaded_in_8bit=True)
 
 
 def _bitsandbytes_4bit() -> nn.Module:
     from bitsandbytes.nn.modules import Linear4bit
 
-    return _on_a_device(Linear4bit(64, 32, compute_dtype=torch.float32), FOUR_BITS, is_loaded_in_4bit=True)
+    return _loaded(Linear4bit(64, 32, compute_dtype=torch.float32), FOUR_BITS, is_loaded_in_4bit=True)
 
 
-def _on_a_device(layer: nn.Module, grain: float, **marks: bool) -> nn.Module:
+def _loaded(layer: nn.Module, grain: float, **marks: bool) -> nn.Module:
     """Quantise by bitsandbytes' own way: load float weights, then move to a device. PEFT's LoRA goes by the marks."""
     layer.load_state_dict(nn.Linear(64, 32).state_dict())
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    host = Host(layer.to(device), grain=grain)
+    host = Host(layer.to(device()), grain=grain)
     vars(host).update(marks)
     return host
 
@@ -94,7 +95,7 @@ def _torchao_8bit() -> nn.Module:
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
     from transformers import TorchAoConfig
 
-    host: Any = Host(nn.Linear(64, 32), grain=EIGHT_BITS)
+    host: Any = Host(nn.Linear(64, 32, device=device()), grain=EIGHT_BITS)
     quantize_(host.target, Int8WeightOnlyConfig())
     # PEFT writes merged weights back by the model's own quantisation.
     host.hf_quantizer = SimpleNamespace(quantization_config=TorchAoConfig(Int8WeightOnlyConfig()))
@@ -106,7 +107,7 @@ def _hqq_4bit() -> nn.Module:
 
     linear = nn.Linear(64, 32).requires_grad_(False)
     config = BaseQuantizeConfig(nbits=4, group_size=64)
-    return Host(HQQLinear(linear, config, compute_dtype=torch.float32, device="cpu"), grain=FOUR_BITS)
+    return Host(HQQLinear(linear, config, compute_dtype=torch.float32, device=str(device())), grain=FOUR_BITS)
 
 
 def _floats(*shape: int, dtype: torch.dtype = torch.float32) -> Callable[[], Tensor]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..evaluate import device
 from ..manifold.linear import StiefelLinear
 from ..manifold.stiefel import distance_to_stiefel
 from .answer import Answer, WrongResultError, ask
@@ -33,7 +34,7 @@ def probe_optimizers() -> dict[str, Answer]:
             found[home] = Answer("absent", f"{package} is not installed")
             continue
         for name, optimizer_cls in _classes(module):
-            with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), redirect_stdout(io.StringIO()):
+            with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
                 warnings.simplefilter("ignore")
                 found[f"{home} {name}"] = ask(lambda cls=optimizer_cls: _train_a_factor(cls))  # type: ignore[misc]
     return found
@@ -50,8 +51,8 @@ def _classes(module: str) -> Iterator[tuple[str, type[torch.optim.Optimizer]]]:
 def _train_a_factor(optimizer_cls: type[torch.optim.Optimizer]) -> None:
     """Five steps on a small regression; the factor must move and stay orthonormal."""
     torch.manual_seed(0)
-    factor = StiefelLinear(4, 64)
-    x, y = torch.randn(32, 4), torch.randn(32, 64)
+    factor = StiefelLinear(4, 64).to(device())
+    x, y = torch.randn(32, 4).to(device()), torch.randn(32, 64).to(device())
     before = factor.weight.detach().clone()
     optimizer = optimizer_cls(factor.parameters(), **_options(optimizer_cls))
     getattr(optimizer, "train", lambda: None)()  # schedule-free ones have two modes

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.checkpoint import checkpoint
 
 from ..attach import quiet
+from ..evaluate import device
 from ..tuner.methods import METHODS
 from .answer import Answer, ApproximateResultError, WrongResultError, ask
 from .layers import LAYER_KINDS, TARGET, LayerKind
@@ -47,14 +48,14 @@ def probe_methods(on_row: Callable[[int, int], None] | None = None) -> dict[str,
 
 
 def answer(method: str, kind: LayerKind, feature: str) -> Answer:
-    """Ask one thing, with the random numbers fixed and the process' own left as they were."""
+    """Ask one thing, with the random numbers fixed."""
     if not kind.installed:
         return Answer("absent", f"{kind.package} is not installed")
 
     def probe() -> None:
         torch.manual_seed(0)
-        base = kind.build().eval()
-        x = kind.inputs().to(next(base.parameters()).device)
+        base = kind.build().to(device()).eval()
+        x = kind.inputs().to(device())
         config_cls: Any = methods()[method]
         config = config_cls(r=RANK, target_modules=[TARGET], init_lora_weights=False)
 
@@ -69,7 +70,7 @@ def answer(method: str, kind: LayerKind, feature: str) -> Answer:
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), quiet():
+    with warnings.catch_warnings(), quiet():
         warnings.simplefilter("ignore")
         yield
 
@@ -95,7 +96,7 @@ def train(make: Make, x: Tensor) -> None:
 
 
 def train_with_checkpointing(make: Make, x: Tensor) -> None:
-    """Recomputing the forward pass gives the same gradients, to the last bit."""
+    """Recomputing the forward pass gives the same gradients."""
     model = make()
     gradients = []
     for recomputed in (False, True):
@@ -103,8 +104,10 @@ def train_with_checkpointing(make: Make, x: Tensor) -> None:
         output.float().square().mean().backward()
         gradients.append([weight.grad.clone() for weight in model.parameters() if weight.grad is not None])
         model.zero_grad()
-    if not gradients[0] or not all(map(torch.equal, *gradients)):
-        raise WrongResultError("gradients differ under checkpointing")
+    if not gradients[0]:
+        raise WrongResultError("there are no gradients under checkpointing")
+    for plain, recomputed_one in zip(*gradients, strict=True):  # on a GPU some sums come out by who is first
+        _same(recomputed_one, plain, "a gradient under checkpointing")
 
 
 def compile_without_breaks(make: Make, x: Tensor) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter
+from ..precise import precise
 from .folder import Factors
 from .gap import Adapted
 from .rows import Batch, rows_of, run, watching
@@ -33,7 +34,7 @@ class _Moments:
 
     def add(self, x_TN: Tensor) -> None:
         h_TR = self.adapter.core(self.adapter.down(x_TN.to(self.adapter.down.weight.dtype)))
-        x_TN, h_TR = x_TN.double(), h_TR.double()
+        x_TN, h_TR = precise(x_TN), precise(h_TR)
         self.gram_NN += (x_TN.mT @ x_TN).cpu()
         self.cross_RN += (h_TR.mT @ x_TN).cpu()
         self.tokens += len(x_TN)
@@ -86,7 +87,7 @@ def _solve(path: str, moments: _Moments, rank: int) -> tuple[Tensor, Tensor]:
             f"{path} has {inputs} inputs and the data hold {moments.tokens} tokens: they do not determine a linear "
             "map. Distil on more data, at least ten times as many tokens."
         )
-    B_MR = (moments.adapter.up.weight * moments.adapter.scaling).double().cpu()
+    B_MR = precise(moments.adapter.up.weight * moments.adapter.scaling).cpu()
     W_RN = moments.cross_RN @ _pseudo_inverse(moments.gram_NN)
     if rank == moments.adapter.rank:
         return B_MR, W_RN

@@ -11,6 +11,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter
+from ..precise import precise
 from ..tuner.layer import AdapterLayer
 from .rows import Batch, inference, rows_of, run, watching
 
@@ -93,7 +94,7 @@ class Ends:
 
     def add(self, live_TC: Tensor, base_TC: Tensor, exported_TC: Tensor) -> None:
         """Take in the logits of some tokens."""
-        live_TC, base_TC, exported_TC = (logits.double().cpu() for logits in (live_TC, base_TC, exported_TC))
+        live_TC, base_TC, exported_TC = (precise(logits).cpu() for logits in (live_TC, base_TC, exported_TC))
         self.difference += (exported_TC - live_TC).square().sum().item()
         self.live += live_TC.square().sum().item()
         self.effect += (live_TC - base_TC).square().sum().item()
@@ -115,9 +116,9 @@ class Ends:
 
 def _squares(adapter: Adapter, layer: Any, x_TN: Tensor) -> Tensor:
     """The summed squares of (exported − live, live) of a branch."""
-    live = adapter(x_TN.to(adapter.down.weight.dtype)).double()
+    live = precise(adapter(x_TN.to(adapter.down.weight.dtype)))
     A, B = layer.lora_A["default"], layer.lora_B["default"]
-    exported = B(A(x_TN.to(A.weight.dtype))).double() * layer.scaling["default"]
+    exported = precise(B(A(x_TN.to(A.weight.dtype)))) * layer.scaling["default"]
     return torch.stack([(exported - live).square().sum(), live.square().sum()]).cpu()
 
 

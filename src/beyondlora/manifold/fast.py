@@ -12,7 +12,7 @@ Gram matrix of Z it is multiplied by A², and A is as small as the step. K is th
 does not pile up over steps. The inverse root is a series in ZᵀZ − I, repeated (Newton–Schulz) where the step is long.
 
 Two forms: products one after the other and R×R matrices together (CPU: no copies; a step that is too long is seen and
-handed to the definition in float64), and a stack (CUDA: few launches, no look at a value, hence no synchronisation).
+handed to the definition in float64), and a stack (GPUs: few launches, no look at a value, hence no synchronisation).
 Legend: M rows, R columns (rank), B matrices of one shape. Y point, Z the step before retraction.
 """
 
@@ -23,6 +23,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor
 
+from ..precise import precise
 from .stiefel import polar_retraction, to_tangent
 
 NEAR, ROUNDS = 0.03, 8  # below NEAR one more round leaves 63/256 · NEAR⁵, under float32's rounding
@@ -179,8 +180,8 @@ def inverse_roots_blind(gram_BRR: Tensor, allowed_B: Tensor) -> tuple[Tensor, Te
     Returns: the roots, and (B,), which matrices move.
     """
     rank = gram_BRR.shape[-1]
-    eye_RR = torch.eye(rank, dtype=torch.float64, device=gram_BRR.device)
-    rest_BRR = gram_BRR.double()
+    rest_BRR = precise(gram_BRR)
+    eye_RR = torch.eye(rank, dtype=torch.float64, device=rest_BRR.device)
     size_B11 = rest_BRR.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]  # the trace bounds the largest eigenvalue
     rest_BRR = rest_BRR / size_B11
     root_BRR = eye_RR.expand_as(rest_BRR)
@@ -192,8 +193,8 @@ def inverse_roots_blind(gram_BRR: Tensor, allowed_B: Tensor) -> tuple[Tensor, Te
     root_BRR = root_BRR * size_B11.rsqrt()
     # The smaller an eigenvalue, the larger what the rounds make of its inverse: one too small for them is seen, too.
     mean_B = size_B11[:, 0, 0] * root_BRR.square().sum(dim=(-2, -1)) / rank**2
-    moved_B = allowed_B & (mean_B < UNEVEN)
-    return torch.where(moved_B[:, None, None], root_BRR, eye_RR).to(gram_BRR.dtype), moved_B
+    moved_B = allowed_B.to(mean_B.device) & (mean_B < UNEVEN)
+    return torch.where(moved_B[:, None, None], root_BRR, eye_RR).to(gram_BRR), moved_B.to(allowed_B.device)
 
 
 def replace_stacked_(before_BMR: Tensor, after_BMR: Tensor, root_BRR: Tensor, moved_B: Tensor) -> None:

@@ -1,7 +1,7 @@
 """One step of some factors: the gradients before it, the factors after it, and the way back where it went wrong.
 
 Which form a factor takes follows from its weight: float32 with the polar retraction is fast, in groups on a CPU and
-stacked on CUDA; everything else (float64, geodesics) is the definition of `stiefel.py`.
+stacked on other devices; everything else (float64, geodesics) is the definition of `stiefel.py`.
 Buffers are kept from step to step: in all, the bytes of the factors and a fifth at most.
 """
 
@@ -36,7 +36,7 @@ class Move(Protocol):
 
 
 class Defined:
-    """One factor, by the definitions: float64, geodesics, devices of other kinds."""
+    """One factor, by the definitions: float64, geodesics."""
 
     def __init__(self, layer: StiefelLinear) -> None:
         self._layer = weakref.ref(layer)  # a plan outlives its step, and must not keep a model alive
@@ -133,7 +133,7 @@ class _Share:
 
 
 class Stack(_Kept):
-    """Float32 factors of one rank on CUDA: few launches, and no look at a value.
+    """Float32 factors of one rank on a GPU: few launches, and no look at a value (but where it has no float64).
 
     The R×R work of all shapes is done together, what is as large as the factors in shares. A factor whose gradient or
     step is not finite stays where it was, without an error: raising one would mean waiting for the device at every
@@ -235,8 +235,7 @@ def plan(layers: list[StiefelLinear]) -> list[Move]:
 
 
 def _is_fast(layer: StiefelLinear) -> bool:
-    weight = layer.weight
-    return weight.dtype == torch.float32 and layer.retraction == "polar" and weight.device.type in ("cpu", "cuda")
+    return layer.weight.dtype == torch.float32 and layer.retraction == "polar"
 
 
 def _kind(layer: StiefelLinear) -> tuple[tuple[int, ...], str, float]:

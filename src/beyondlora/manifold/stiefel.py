@@ -3,8 +3,8 @@
 Pure functions; leading batch dimensions are allowed everywhere.
 Legend: M rows, R columns (rank).  Y point, G Euclidean gradient, D any matrix, xi tangent vector (all (..., M, R)).
 
-Retractions run in float64 where the device has it, else in float32, and are rounded once at the end: the matrices are
-tall and thin, so the cost is small, and factors stay orthonormal to float32's own rounding for ever.
+Retractions run in float64, on the CPU where the device has none, and are rounded once at the end: the matrices are tall
+and thin, so the cost is small, and factors stay orthonormal to float32's own rounding for ever.
 
 Sources: arXiv 2510.01938, algorithm 1; Edelman, Arias, Smith, The Geometry of Algorithms with Orthogonality
 Constraints (1998).
@@ -14,6 +14,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from ..precise import precise
 
 
 def sym(A_RR: Tensor) -> Tensor:
@@ -62,14 +64,14 @@ def polar_retraction(Y_MR: Tensor, xi_MR: Tensor) -> Tensor:
 
     Returns: (..., M, R) in Y's dtype. Columns of Y + xi must be independent, which a tangent xi guarantees.
     """
-    Z_MR = _precise(Y_MR) + _precise(xi_MR)
+    Z_MR = precise(Y_MR) + precise(xi_MR)
     eigenvalues_R, Q_RR = torch.linalg.eigh(Z_MR.mT @ Z_MR)
     if (eigenvalues_R[..., 0] < torch.finfo(Z_MR.dtype).eps ** 0.5 * eigenvalues_R[..., -1]).any():
         Q_MR, R_RR = torch.linalg.qr(Z_MR)  # polar(QR) = Q polar(R)
         left_RR, _, right_RR = torch.linalg.svd(R_RR)
-        return (Q_MR @ (left_RR @ right_RR)).to(Y_MR.dtype)
+        return (Q_MR @ (left_RR @ right_RR)).to(Y_MR)
     inverse_root_RR = (Q_RR * eigenvalues_R.rsqrt().unsqueeze(-2)) @ Q_RR.mT
-    return (Z_MR @ inverse_root_RR).to(Y_MR.dtype)
+    return (Z_MR @ inverse_root_RR).to(Y_MR)
 
 
 def exp_map(Y_MR: Tensor, xi_MR: Tensor) -> Tensor:
@@ -84,7 +86,7 @@ def exp_map(Y_MR: Tensor, xi_MR: Tensor) -> Tensor:
 
     Returns: (..., M, R) in Y's dtype. Polished by one polar step, since Q is not exactly orthogonal to Y.
     """
-    Y, xi = _precise(Y_MR), _precise(xi_MR)
+    Y, xi = precise(Y_MR), precise(xi_MR)
     rank = Y.shape[-1]
     A_RR = Y.mT @ xi
     Q_MR, R_RR = torch.linalg.qr(xi - Y @ A_RR)
@@ -92,7 +94,7 @@ def exp_map(Y_MR: Tensor, xi_MR: Tensor) -> Tensor:
     bottom = torch.cat([R_RR, torch.zeros_like(R_RR)], dim=-1)
     columns = torch.linalg.matrix_exp(torch.cat([top, bottom], dim=-2))[..., :rank]
     end = Y @ columns[..., :rank, :] + Q_MR @ columns[..., rank:, :]
-    return polar_retraction(end, torch.zeros_like(end)).to(Y_MR.dtype)
+    return polar_retraction(end, torch.zeros_like(end)).to(Y_MR)
 
 
 RETRACTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"polar": polar_retraction, "exp_map": exp_map}
@@ -100,7 +102,7 @@ RETRACTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"polar": polar_ret
 
 def distance_to_stiefel(Y_MR: Tensor) -> Tensor:
     """How far columns are from orthonormal: max |YᵀY − I|, a tensor of shape (...). Zero on the manifold."""
-    Y = _precise(Y_MR)
+    Y = precise(Y_MR)
     identity = torch.eye(Y.shape[-1], dtype=Y.dtype, device=Y.device)
     return (Y.mT @ Y - identity).abs().amax(dim=(-2, -1))
 
@@ -123,10 +125,5 @@ def random_stiefel(
             f"{columns} orthonormal columns do not exist in {rows} dimensions; choose a rank of at most {rows}."
         )
     gaussian = torch.randn(rows, columns, dtype=torch.promote_types(dtype, torch.float32), device=device)
-    Q_MR, R_RR = torch.linalg.qr(_precise(gaussian))
-    return (Q_MR * R_RR.diagonal().sgn()).to(dtype)
-
-
-def _precise(A: Tensor) -> Tensor:
-    """A in float64, or in float32 on devices without it (MPS)."""
-    return A.to(torch.float32 if A.device.type == "mps" else torch.float64)
+    Q_MR, R_RR = torch.linalg.qr(precise(gaussian))
+    return (Q_MR * R_RR.diagonal().sgn()).to(gaussian.device, dtype)
