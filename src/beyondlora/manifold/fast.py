@@ -16,6 +16,7 @@ handed to the definition in float64), and a stack (GPUs: few launches, no look a
 Legend: M rows, R columns (rank), B matrices of one shape. Y point, Z the step before retraction.
 """
 
+import functools
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -31,7 +32,7 @@ REACH = 0.9  # from where the rounds converge
 BLOCK, SMALL_BLOCK = 512, 64  # rows of a product whose sum is to be exact; of one of fewer than two large blocks
 SIDE_BY_SIDE = 16  # columns below which BLAS runs products at a fraction of its speed
 UNEVEN = 2.0  # mean(λ) · mean(1/λ) of a Gram matrix from which its float32 rounding is felt; 1 for I
-GROWTH, LAST_ROUNDS = 15 / 8, 3  # of a small singular value by a round of fifth order, and from about 1/2 to 1
+LAST_ROUND, CLOSE = (15 / 8, -5 / 4, 3 / 8), 7e-4  # Taylor's polynomial, which leaves 5/2 · CLOSE³
 
 
 @contextmanager
@@ -85,7 +86,8 @@ def polar_coefficients(H_BRR: Tensor, K_BRR: Tensor) -> tuple[Tensor, Tensor, Te
 
     Returns: both, and (B,), for which matrices they hold: the others' steps are too long, or not finite.
     """
-    A_BRR = _projection(H_BRR, 1)
+    A_BRR = torch.add(H_BRR, H_BRR.mT).mul_(-0.5)  # I − sym H
+    A_BRR.diagonal(dim1=-2, dim2=-1).add_(1)
     AH_BRR = A_BRR @ H_BRR
     rest_BRR = torch.baddbmm(K_BRR, A_BRR, A_BRR).add_(AH_BRR).add_(AH_BRR.mT)
     rest_BRR.diagonal(dim1=-2, dim2=-1).sub_(1)
@@ -154,24 +156,57 @@ def _rows_side_by_side(A_MR: Tensor) -> int:
     return rows if rows > 1 and M >= BLOCK and M % rows == 0 and A_MR.is_contiguous() else 1
 
 
-def convert_gradients_stacked_(Y_BMR: Tensor, G_BMR: Tensor) -> Tensor:
-    """`convert_gradient_` for a stack. Returns: (B, R, R), all finite where a gradient was."""
-    H_BRR = G_BMR.mT @ Y_BMR
+def convert_gradients_stacked_(Y_BMR: Tensor, G_BMR: Tensor, H_BRR: Tensor) -> None:
+    """`convert_gradient_` for a stack; H becomes GᵀY, all finite where a gradient was."""
+    torch.bmm(G_BMR.mT, Y_BMR, out=H_BRR)
     G_BMR.baddbmm_(Y_BMR, H_BRR, alpha=-1)
-    return H_BRR
 
 
-def project_stacked_(before_BMR: Tensor, after_BMR: Tensor, scale: float) -> Tensor:
+def project_stacked_(before_BMR: Tensor, after_BMR: Tensor, scale: float, gram_BRR: Tensor) -> None:
     """Turn the Euclidean steps from `before` to `after` into tangent ones, in place of `after`.
 
-    Returns: (B, R, R), ZᵀZ for every Z = `after` now.
+    `gram` becomes ZᵀZ for every Z = `after` then.
     """
-    after_BMR.baddbmm_(before_BMR, _projection(before_BMR.mT @ after_BMR, scale), beta=scale)
-    return after_BMR.mT @ after_BMR
+    torch.bmm(before_BMR.mT, after_BMR, out=gram_BRR)
+    twice_BRR = torch.add(gram_BRR, gram_BRR.mT)  # Y + to_tangent(c (Ỹ − Y)) = c Ỹ + Y (I − c sym H)
+    twice_BRR.diagonal(dim1=-2, dim2=-1).sub_(2 / scale)
+    after_BMR.baddbmm_(before_BMR, twice_BRR, beta=scale, alpha=-scale / 2)
+    torch.bmm(after_BMR.mT, after_BMR, out=gram_BRR)
+
+
+@functools.cache
+def polynomials(rank: int) -> tuple[tuple[float, float, float], ...]:
+    """(a, b, c) of odd polynomials aσ + bσ³ + cσ⁵ that, one after another, take every σ² in [1 / (UNEVEN R²), 1] to 1.
+
+    Each is the nearest to 1 on what the one before has left (Remez; Amsel and others, arXiv 2505.16932), divided by the
+    largest value that it has there.
+    """
+    low, chosen = (UNEVEN * rank**2) ** -0.5, []
+    while 1 - low > CLOSE:
+        *polynomial, error = _nearest_to_one(low)
+        chosen.append(tuple(coefficient / (1 + error) for coefficient in polynomial))
+        low = (1 - error) / (1 + error)
+    return (*chosen, LAST_ROUND)  # type: ignore[arg-type]
+
+
+def _nearest_to_one(low: float) -> tuple[float, float, float, float]:
+    """The odd polynomial of fifth degree nearest to 1 on [low, 1], a, b, c, and how far it is from it at most."""
+    nodes = [low, (3 * low + 1) / 4, (low + 3) / 4, 1.0]
+    for _ in range(50):
+        # As far above 1 as below it at the four nodes; then these where it turns.
+        rows = [[x, x**3, x**5, (-1.0) ** i] for i, x in enumerate(nodes)]
+        system = (torch.tensor(side, dtype=torch.float64, device="cpu") for side in (rows, [1.0] * 4))
+        a, b, c, error = torch.linalg.solve(*system).tolist()
+        turn = math.sqrt(9 * b * b - 20 * a * c)
+        inner = [math.sqrt((-3 * b + sign * turn) / (10 * c)) for sign in (-1, 1)]
+        if max(abs(x - y) for x, y in zip(inner, nodes[1:3], strict=True)) < 1e-13:
+            break
+        nodes[1:3] = inner
+    return a, b, c, abs(error)
 
 
 def inverse_roots_blind(gram_BRR: Tensor, allowed_B: Tensor) -> tuple[Tensor, Tensor]:
-    """gram^{-1/2} by fifth-order Newton–Schulz with a fixed number of rounds.
+    """gram^{-1/2} by polynomials of fifth degree in it, a fixed number of rounds.
 
     Matrices that are not allowed to move, not finite, or so uneven that their float32 rounding is felt (an absurd step)
     get I. The eigenvalues of all others, divided by their sum, are above 1 / (UNEVEN R²): the rounds are what that
@@ -184,12 +219,12 @@ def inverse_roots_blind(gram_BRR: Tensor, allowed_B: Tensor) -> tuple[Tensor, Te
     eye_RR = torch.eye(rank, dtype=torch.float64, device=rest_BRR.device)
     size_B11 = rest_BRR.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]  # the trace bounds the largest eigenvalue
     rest_BRR = rest_BRR / size_B11
-    root_BRR = eye_RR.expand_as(rest_BRR)
-    first_RR, second_RR = GROWTH * eye_RR, -1.25 * eye_RR
-    for _ in range(math.ceil(math.log(UNEVEN * rank**2) / math.log(GROWTH**2)) + LAST_ROUNDS):
-        factor_BRR = torch.baddbmm(first_RR, rest_BRR, torch.add(second_RR, rest_BRR, alpha=0.375))
-        root_BRR = root_BRR @ factor_BRR
+    first, *others = polynomials(rank)
+    root_BRR = factor_BRR = _factor(rest_BRR, eye_RR, *first)
+    for polynomial in others:
         rest_BRR = factor_BRR @ rest_BRR @ factor_BRR
+        factor_BRR = _factor(rest_BRR, eye_RR, *polynomial)
+        root_BRR = root_BRR @ factor_BRR
     root_BRR = root_BRR * size_B11.rsqrt()
     # The smaller an eigenvalue, the larger what the rounds make of its inverse: one too small for them is seen, too.
     mean_B = size_B11[:, 0, 0] * root_BRR.square().sum(dim=(-2, -1)) / rank**2
@@ -197,17 +232,15 @@ def inverse_roots_blind(gram_BRR: Tensor, allowed_B: Tensor) -> tuple[Tensor, Te
     return torch.where(moved_B[:, None, None], root_BRR, eye_RR).to(gram_BRR), moved_B.to(allowed_B.device)
 
 
+def _factor(gram_BRR: Tensor, eye_RR: Tensor, a: float, b: float, c: float) -> Tensor:
+    """a I + b gram + c gram²."""
+    return torch.baddbmm(eye_RR, gram_BRR, torch.add(gram_BRR, eye_RR, alpha=b / c), beta=a, alpha=c)
+
+
 def replace_stacked_(before_BMR: Tensor, after_BMR: Tensor, root_BRR: Tensor, moved_B: Tensor) -> None:
     """`before` ← Z root for every Z = `after` that moves; the others, whose root is I, stay to the bit."""
     torch.where(moved_B[:, None, None], after_BMR, before_BMR, out=after_BMR)
     before_BMR.baddbmm_(after_BMR, root_BRR, beta=0)
-
-
-def _projection(H_RR: Tensor, scale: float) -> Tensor:
-    """A with Y + to_tangent(c (Ỹ − Y)) = Y A + c Ỹ, from H = YᵀỸ: (1 − c) I − c (sym H − I) = I − c sym H."""
-    A_RR = torch.add(H_RR, H_RR.mT).mul_(-scale / 2)
-    A_RR.diagonal(dim1=-2, dim2=-1).add_(1)
-    return A_RR
 
 
 def _series(rest_BRR: Tensor) -> Tensor:

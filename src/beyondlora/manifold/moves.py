@@ -165,7 +165,7 @@ class Stack(_Kept):
         gradients = [_gradient(weight) for weight in self.weights]
         for share in self.shares:
             torch._foreach_copy_(self.scratch[share.part], gradients[share.part])
-            self.grams[share.part] = fast.convert_gradients_stacked_(share.before, share.scratch)
+            fast.convert_gradients_stacked_(share.before, share.scratch, self.grams[share.part])
             torch._foreach_copy_(gradients[share.part], self.scratch[share.part])
         torch.all(self.grams.isfinite().flatten(1), dim=1, out=self.finite)
         return True
@@ -174,7 +174,7 @@ class Stack(_Kept):
         """See `Move`. Nothing is known not to be finite, so this cannot fail, and cannot be undone."""
         for share in self.shares:
             torch._foreach_copy_(self.scratch[share.part], self.after[share.part])
-            self.grams[share.part] = fast.project_stacked_(share.before, share.scratch, share.scale)
+            fast.project_stacked_(share.before, share.scratch, share.scale, self.grams[share.part])
             torch._foreach_copy_(self.after[share.part], self.scratch[share.part])
         for piece in self.pieces:
             self.grams[piece], self.finite[piece] = fast.inverse_roots_blind(self.grams[piece], self.finite[piece])
