@@ -6,7 +6,7 @@ lets anybody write a device in Python ("PrivateUse1", torch 2.10 on).
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree, backend_registration
 
+from beyondlora.adapters import dropout, fused, products
+from beyondlora.precise import has_float64
+
 if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
     pytest.skip("this torch has no devices that are written in Python", allow_module_level=True)
 
@@ -22,9 +25,13 @@ NAME = "pretend"
 CROSSING = {"copy_", "_to_copy"}  # may lead from one device to another; all else needs its tensors on one
 WAITING = {"_local_scalar_dense", "equal", "nonzero", "masked_select"}  # the results say how the program goes on
 
+Watcher = Callable[[str, tuple[Any, ...], dict[str, Any], Any], None]
+
 waits: list[str] = []  # operations for whose results the CPU waited
 sent: list[str] = []  # operations that brought numbers from it
 _lacking: set[str] = set()
+_watchers: list[Watcher] = []
+_memory = "cpu"
 
 
 class Away(Tensor):
@@ -96,7 +103,7 @@ def _run(function: Any, *args: Any, **kwargs: Any) -> Any:
     if name in CROSSING and target.type == NAME and not isinstance(args[1 if name == "copy_" else 0], Away):
         sent.append(name)
     if kwargs.get("device") is not None:
-        kwargs["device"] = "cpu" if target.type == NAME else target
+        kwargs["device"] = _memory if target.type == NAME else target
     here_args, here_kwargs = _pytree.tree_map_only(Away, lambda tensor: tensor.here, (args, kwargs))
 
     def placed(result: Tensor) -> Tensor:
@@ -108,7 +115,10 @@ def _run(function: Any, *args: Any, **kwargs: Any) -> Any:
             raise TypeError(f"Cannot convert a {NAME} Tensor to float64 dtype as the framework doesn't support it.")
         return Away(result)
 
-    return _pytree.tree_map_only(Tensor, placed, function(*here_args, **here_kwargs))
+    result = _pytree.tree_map_only(Tensor, placed, function(*here_args, **here_kwargs))
+    for watcher in _watchers:
+        watcher(name, args, kwargs, result)
+    return result
 
 
 class _Hooks(torch._C._acc.PrivateUse1Hooks):  # type: ignore[misc]
@@ -124,7 +134,7 @@ class _Hooks(torch._C._acc.PrivateUse1Hooks):  # type: ignore[misc]
 
 class _Module(backend_registration._DummyBackendModule):
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
-        return []
+        return [torch.bfloat16]
 
     def get_rng_state(self, index: int) -> Tensor:
         return torch.get_rng_state()
@@ -140,16 +150,52 @@ backend_registration._setup_privateuseone_for_python_backend(NAME, backend_modul
 _library = torch.library.Library("_", "IMPL")
 _library.fallback(_run, "PrivateUse1")
 _kernels = torch.library.Library("aten", "IMPL")
-for _eye in (torch.ops.aten.eye.default, torch.ops.aten.eye.m):  # whose own resizes a tensor that it has at hand
-    _kernels.impl(_eye, functools.partial(_run, _eye), "PrivateUse1")
+# eye's own resizes a tensor that it has at hand; SiLU's gradient is one kernel on every device that counts.
+for _own in (torch.ops.aten.eye.default, torch.ops.aten.eye.m, torch.ops.aten.silu_backward.default):
+    _kernels.impl(_own, functools.partial(_run, _own), "PrivateUse1")
+
+
+def _in_lower_precision(function: Any, *args: Any, **kwargs: Any) -> Any:
+    """What autocast does to products."""
+    without = torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1))
+    with without:
+        dtype = torch.get_autocast_dtype(NAME)
+        lower = lambda tensor: tensor.to(dtype) if tensor.dtype == torch.float32 else tensor  # noqa: E731
+        return function(*_pytree.tree_map_only(Tensor, lower, args), **kwargs)
+
+
+_library.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+for _product in ("linear", "matmul", "mm", "addmm", "bmm", "baddbmm"):
+    _function = getattr(torch.ops.aten, _product).default
+    _kernels.impl(_function, functools.partial(_in_lower_precision, _function), "AutocastPrivateUse1")
 torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(…, device) goes through the CPU, and not below our dispatch
 
 
 @contextmanager
-def lacking(*what: str) -> Iterator[None]:
-    """Within it the device has no "float64" or no "linalg", as Apple's have not."""
-    _lacking.update(what)
+def standing_for(kind: str, *, numbers: bool = True) -> Iterator[None]:
+    """Within it the device is like a maker's: "cuda", or "mps", without float64, factorisations and one-kernel dropout.
+
+    beyondlora takes its tensors for plain ones. Without `numbers` there is nothing behind them but shapes.
+    """
+    global _memory
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "is_plain", lambda x: type(x) in (Tensor, torch.nn.Parameter, Away))
+        for module in (products, dropout):
+            patch.setattr(module, "DROPPING", {NAME} if kind == "cuda" else set())
+        _lacking.update({"cuda": (), "mps": ("float64", "linalg")}[kind])
+        _memory = "cpu" if numbers else "meta"
+        has_float64.cache_clear()
+        yield
+        _lacking.clear()
+        _memory = "cpu"
+        has_float64.cache_clear()
+
+
+@contextmanager
+def watched(watcher: Watcher) -> Iterator[None]:
+    """Within it `watcher` is called after every operation on the device: with its name, arguments and result."""
+    _watchers.append(watcher)
     try:
         yield
     finally:
-        _lacking.difference_update(what)
+        _watchers.remove(watcher)

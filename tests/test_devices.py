@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import device_traffic
 import pretend  # skips this file where torch has no such devices
 import pytest
 import small_models
@@ -23,6 +24,8 @@ from torch.utils import _pytree
 from transformers import TrainingArguments
 
 from beyondlora import StellaConfig
+from beyondlora.adapters import cubic, fused
+from beyondlora.adapters.aurora import AdaptiveNonlinearLayer
 from beyondlora.analyse.profiles import profile
 from beyondlora.analyse.run import analyse
 from beyondlora.doctor import answer, optimizers, probes
@@ -34,7 +37,6 @@ from beyondlora.manifold import distance_to_stiefel
 from beyondlora.manifold.guard import check_manifold
 from beyondlora.manifold.linear import StiefelLinear
 from beyondlora.measure import measure
-from beyondlora.precise import has_float64
 from beyondlora.train import train as train_recipe
 
 DEVICE = pretend.NAME
@@ -43,12 +45,9 @@ FAMILIES = {"llama": small_models.llama, "gpt2": small_models.gpt2}
 
 @pytest.fixture(autouse=True, params=["as CUDA", "as MPS"])
 def kind(request: pytest.FixtureRequest) -> Iterator[str]:
-    """With everything that CUDA has, or without float64 and factorisations, as Apple's GPUs."""
-    lacks = ("float64", "linalg") if request.param == "as MPS" else ()
-    has_float64.cache_clear()
-    with pretend.lacking(*lacks):
+    """With everything that CUDA has, or without float64, factorisations and dropout in one kernel, as Apple's GPUs."""
+    with pretend.standing_for(request.param.removeprefix("as ").lower()):
         yield request.param
-    has_float64.cache_clear()
 
 
 @pytest.fixture
@@ -126,6 +125,80 @@ def test_training_is_what_it_is_on_a_cpu_and_waits_for_nothing(method: Method, f
         waits, sent = ours.pop("step")  # its R×R work goes by the CPU, at once for all factors of a rank
         assert (waits - theirs["step"][0], sent) == (2, 2)
     assert ours.items() <= theirs.items()
+
+
+@one_of_each_paper
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_a_layer_in_few_passes_is_the_layer_by_definition(
+    method: Method, p: float, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same draws of dropout, too, where the device drops in one kernel, as `nn.Dropout` does."""
+    torch.manual_seed(3)
+    config = method.config(target_modules=["first", "second"], lora_dropout=p, init_lora_weights=False)
+    model = get_peft_model(small_models.Perceptron(), config).to(DEVICE).train()
+    x = torch.randn(8, 16).to(DEVICE).requires_grad_()
+    wanted = [x, *(weight for weight in model.parameters() if weight.requires_grad)]
+
+    def results() -> tuple[Tensor, ...]:
+        torch.manual_seed(4)
+        y = model(x)
+        return y, *torch.autograd.grad(y.square().sum(), wanted)
+
+    with monkeypatch.context() as patch:
+        operations = []
+        with pretend.watched(lambda name, *_: operations.append(name)):
+            quick = results()
+        assert "addmm_" in operations  # which the definition does not need
+        patch.setattr(fused, "is_eager", lambda: False)
+        plain = results()
+    if p == 0 or kind == "as CUDA":
+        for ours, theirs in zip(quick, plain, strict=True):
+            torch.testing.assert_close(ours.cpu(), theirs.cpu(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("reading", ["pooled", "per_dim"])
+@pytest.mark.parametrize("grid", [(5, (-1.0, 1.0)), (1, (0.0, 0.5)), (9, (-40.0, 7.0))], ids=str)
+def test_auroras_layer_is_its_definition_there(
+    reading: str, grid: tuple[int, tuple[float, float]], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inside the grid, on its knots, beyond it, and in several pieces; and its second derivative."""
+    if kind == "as MPS":
+        pytest.skip("a comparison in float64")
+    monkeypatch.setattr(cubic, "LARGE_PIECE", 50)
+    torch.manual_seed(5)
+    (size, (low, high)), rank = grid, 3
+    options = {"spline": reading, "grid_size": size, "grid_range": (low, high), "dtype": torch.float64}
+    layer = AdaptiveNonlinearLayer(rank, **options).to(DEVICE)
+    knots = low + torch.arange(-4, size + 5, dtype=torch.float64) * (high - low) / size
+    z = torch.cat(
+        [low + (high - low) * (3 * torch.rand(40, rank, dtype=torch.float64) - 1), knots[:, None].repeat(1, 3)]
+    )
+    z, upstream = z.to(DEVICE).requires_grad_(), torch.randn(len(z), rank, dtype=torch.float64).to(DEVICE)
+    results = []
+    for compute in (layer.closed_form, layer.by_definition):
+        y = compute(z)
+        wanted = z, *layer.parameters()
+        first = torch.autograd.grad(y, wanted, upstream)
+        again = torch.autograd.grad(compute(z), z, upstream, create_graph=True)[0]
+        results.append((y, *first, *torch.autograd.grad(again[:40].square().sum(), wanted)))  # a knot has two
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours.cpu(), theirs.cpu(), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("setting", device_traffic.SETTINGS)
+def test_a_layer_moves_fewer_bytes_than_loras_there(setting: str, kind: str) -> None:
+    """Counted by benchmarks/device_traffic.py at the widths of LLaMA3-8B."""
+    if kind == "as MPS":
+        pytest.skip("counted for CUDA")
+    with pretend.standing_for("cuda", numbers=False):
+        moved = {
+            method: device_traffic.count(method, (4096, 4096), 16 if "AuroRA" in method else 32, 4096, setting)[0].bytes
+            for method in ("base", "LoRA", "LoRA+drop", "CeRA", "StelLA", "AuroRA", "StelLA+drop", "AuroRA+drop")
+        }
+    for method in ("CeRA", "StelLA", "AuroRA"):
+        assert moved["base"] < moved[method] < 0.9 * moved["LoRA"]
+    for method in ("StelLA+drop", "AuroRA+drop"):
+        assert moved[method] < 0.95 * moved["LoRA+drop"]
 
 
 @every_method

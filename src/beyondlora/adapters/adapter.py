@@ -55,6 +55,13 @@ class Adapter(nn.Module):
         """The modules that hold the trainable weights, each in `.weight`, by the paper's letter."""
         return {"A": self.down, "B": self.up}
 
+    def replace(self, part: nn.Module, by: nn.Module) -> None:
+        """Call another module in place of a part from now on: a wrapper around it, such as FSDP's."""
+        for module in list(self.modules()):
+            for name, child in module._modules.items():
+                if child is part:
+                    module._modules[name] = by
+
     def forward(self, x_TN: Tensor) -> Tensor:
         """Map inputs (..., N) to the addition to the layer's output (..., M)."""
         return self.write(self.up(self.hidden(x_TN))) * self.scaling

@@ -83,6 +83,8 @@ class AdaptiveNonlinearLayer(nn.Module):
         """Both terms, tanh and cubic: the paper's layer, on any grid, while nobody watches its parts being called."""
         if self.H is None or self.spline is None or not isinstance(self.activation, nn.Tanh) or self.spline.order != 3:
             return False
+        if type(self.H) is not nn.Linear or type(self.spline) not in SPLINES.values():  # but a wrapper around it
+            return False
         return not any(map(has_hooks, (self.activation, self.H, self.spline)))
 
     def closed_form(self, z_TR: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from .adapter import Adapter, dropout_layer
-from .fused import Hidden, drawn_mask, has_hooks, is_dropping, is_nothing, over
+from .dropout import draw_mask
+from .fused import Hidden, has_hooks, is_dropping, is_nothing
 from .products import masked
 from .reading import Reading
 
@@ -98,10 +99,10 @@ class CeraAdapter(Adapter):
         watched = has_hooks(self.core) or has_hooks(self.activation)
         if watched or not (is_dropping(self.dropout) or is_nothing(self.dropout)):
             return None
-        mask, share = drawn_mask(self.dropout, z_TR)
+        mask, share = draw_mask(z_TR, self.dropout.p) if is_dropping(self.dropout) else (None, 1.0)
 
         def hidden(z_TR: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-            return over(share, masked(self.activation(z_TR), mask))
+            return masked(self.activation(z_TR), mask, share)
 
         return (hidden,) if mask is None else (hidden, mask)
 

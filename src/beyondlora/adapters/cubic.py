@@ -4,6 +4,9 @@ In each cell of a uniform grid four cubic basis functions differ from zero, and 
 polynomials of the place u in [0, 1) within the cell. The Cox–de Boor recursion (`bspline.bspline_basis`, the
 definition and the test's other side) finds them through all functions of three degrees, and autograd keeps every one.
 
+Two forms: on a CPU these four, added up at their functions' places, as little arithmetic as there can be; elsewhere all
+K functions of the distance to their centres, in few launches, and in sums whose order does not depend on who is first.
+
 Legend: T tokens, R rank, K = G + 3 basis functions, P = K + 7 with a margin where values beyond the grid go.
 """
 
@@ -15,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-PIECE = 2**15  # entries of z
+PIECE, LARGE_PIECE = 2**15, 2**18  # entries of z: what stays in a CPU's cache; what all functions of are no burden
 MARGIN = (3, 4)  # functions that a cell at the lower and at the upper end reaches and that do not exist
 tanh_backward = torch.ops.aten.tanh_backward  # g (1 − t²) in one pass
 Four = tuple[Tensor, Tensor, Tensor, Tensor]  # of the functions of a cell, from the one that is leaving to the new one
@@ -41,6 +44,20 @@ class UniformGrid(NamedTuple):
         u = place - cell
         starts = torch.arange(0, len(cell) * (last + 4), last + 4, device=cell.device)
         return cell.add_(starts[:, None]), u
+
+    def from_centres(self, z_TR: Tensor) -> Tensor:
+        """z minus the centre of each of the K functions, (T, R, K)."""
+        first, last = self.low - self.spacing, self.low + (self.intervals + 1) * self.spacing
+        centres_K = torch.linspace(first, last, self.intervals + 3, dtype=z_TR.dtype, device=z_TR.device)
+        return z_TR.unsqueeze(-1) - centres_K
+
+    def reach(self, from_TRK: Tensor) -> tuple[Tensor, Tensor]:
+        """Two cells and one minus the distance to the centre, not below 0.
+
+        A function is (far³ − 4 near³) / 6 cells³, and its derivative ∓ (far² − 4 near²) / 2 cells³.
+        """
+        near_TRK = torch.rsub(from_TRK.abs(), self.spacing)
+        return (near_TRK + self.spacing).clamp_min_(0), near_TRK.clamp_min_(0)
 
 
 def values(u: Tensor) -> Four:
@@ -84,25 +101,35 @@ class AdaptiveCubic(torch.autograd.Function):
         """Values; saves its inputs."""
         ctx.save_for_backward(z_TR, H_RR, W_RK)
         ctx.grid = grid
-        return torch.cat([_values(part_TR, H_RR, W_RK, grid) for part_TR in z_TR.split(_rows(z_TR))])
+        return _joined([_values(part_TR, H_RR, W_RK, grid) for part_TR in z_TR.split(_rows(z_TR))])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients, from z again; written in differentiable operations, so they can be differentiated in turn."""
         z_TR, H_RR, W_RK = ctx.saved_tensors
+        dz, sums = list[Tensor](), list[Tensor]()
         rows = _rows(z_TR)
-        dz, dH_RR, dW_RK = [], torch.zeros_like(H_RR), torch.zeros_like(W_RK)
         for g_TR, part_TR in zip(gradients[0].split(rows), z_TR.split(rows), strict=True):
-            dz_TR, more_RR, more_RK = _gradients(g_TR, part_TR, H_RR, W_RK, ctx.grid)
+            dz_TR, *more = _gradients(g_TR, part_TR, H_RR, W_RK, ctx.grid)
             dz.append(dz_TR)
-            dH_RR, dW_RK = dH_RR + more_RR, dW_RK + more_RK  # at once: at a large rank H is larger than a piece
-        return torch.cat(dz), dH_RR, dW_RK, None
+            sums = [*map(torch.add, sums, more)] if sums else more  # at once: a large rank's H is larger than a piece
+        return _joined(dz), *(sums or map(torch.zeros_like, (H_RR, W_RK))), None
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _values(z_TR: Tensor, H_RR: Tensor, W_RK: Tensor, grid: UniformGrid) -> Tensor:
+    adapted_TR = torch.tanh_(torch.tanh(z_TR) @ H_RR.mT)
+    if z_TR.device.type != "cpu":
+        far_TRK, near_TRK = grid.reach(grid.from_centres(z_TR))
+        basis_TRK, sixth = far_TRK.pow_(3).sub_(near_TRK.pow_(3), alpha=4), 1 / (6 * grid.spacing**3)
+        if grid.pooled:
+            return adapted_TR.addmm_(basis_TRK.sum(1), W_RK.mT, alpha=sixth)
+        return adapted_TR.add_(basis_TRK.mul_(W_RK).sum(-1), alpha=sixth)
     index, u = grid.locate(z_TR)
     W_RP = F.pad(W_RK / 6, MARGIN)
-    adapted_TR = torch.tanh_(torch.tanh(z_TR) @ H_RR.mT)
     if grid.pooled:
         return adapted_TR.addmm_(spread(index, values(u), W_RP.shape[1]), W_RP.mT)
     return adapted_TR.add_(collect(W_RP, index, values(u)).mT)
@@ -114,6 +141,21 @@ def _gradients(
     tanh_TR = torch.tanh(z_TR)
     du_TR = tanh_backward(g_TR, torch.tanh(tanh_TR @ H_RR.mT))
     dz_TR = tanh_backward(du_TR @ H_RR, tanh_TR)
+    dH_RR = du_TR.mT @ tanh_TR
+    if z_TR.device.type != "cpu" and not torch.is_grad_enabled():  # its second derivative at a centre is another one
+        from_TRK = grid.from_centres(z_TR)
+        far_TRK, near_TRK = grid.reach(from_TRK)
+        squares = far_TRK * far_TRK, near_TRK * near_TRK
+        basis_TRK = far_TRK.mul_(squares[0]).addcmul_(near_TRK, squares[1], value=-4)
+        slope_TRK = squares[0].sub_(squares[1], alpha=4).mul_(from_TRK.sign_())
+        if grid.pooled:
+            slope_TR = slope_TRK.mul_((g_TR @ W_RK).unsqueeze(1)).sum(-1)
+            dW_RK = g_TR.mT @ basis_TRK.sum(1)
+        else:
+            slope_TR = slope_TRK.mul_(W_RK).sum(-1).mul_(g_TR)
+            dW_RK = basis_TRK.mul_(g_TR.unsqueeze(-1)).sum(0)
+        cube = grid.spacing**3
+        return dz_TR.sub_(slope_TR, alpha=0.5 / cube), dH_RR, dW_RK.div_(6 * cube)
     index, u = grid.locate(z_TR)
     W_RP = F.pad(W_RK, MARGIN)
     if grid.pooled:
@@ -123,9 +165,9 @@ def _gradients(
         slope_TR = g_TR * collect(W_RP, index, slopes(u)).mT
         dW_RP = spread(index, (g_TR.mT * value_RT for value_RT in values(u)), W_RP.shape[1])
     dz_TR = torch.add(dz_TR, slope_TR, alpha=0.5 / grid.spacing)
-    return dz_TR, du_TR.mT @ tanh_TR, dW_RP[:, MARGIN[0] : -MARGIN[1]] / 6
+    return dz_TR, dH_RR, dW_RP[:, MARGIN[0] : -MARGIN[1]] / 6
 
 
 def _rows(z_TR: Tensor) -> int:
-    """How many rows to go through at a time: on a CPU as many as stay in its cache."""
-    return max(PIECE // z_TR.shape[1], 1) if z_TR.device.type == "cpu" else max(len(z_TR), 1)
+    """How many rows to go through at a time."""
+    return max((PIECE if z_TR.device.type == "cpu" else LARGE_PIECE) // z_TR.shape[1], 1)

@@ -3,30 +3,60 @@
 A mask is one of two tensors. On a CPU, for the small probabilities of fine-tuning: the positions (D,) of the entries
 dropped in x seen as one row, ascending, int32 where that suffices. The gaps between them are geometric, so p numbers an
 entry are drawn and not one. Elsewhere, where the number of entries dropped could not be known without waiting for the
-device: bool (T, N), what to keep, sixteen random bits an entry compared with a threshold.
+device: bool (T, N), what to keep. A GPU draws it in one kernel, which drops and scales as well; a CPU compares sixteen
+random bits an entry with a threshold.
 
 Legend: T tokens (any leading dimensions), N inputs, D entries dropped.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .products import blocks, flat
+from .products import DROPPING, blocks, flat
 
 SMALL = 0.2  # up to which positions are drawn faster than bits, and held in fewer bytes
 
 
-def draw_mask(like_TN: Tensor, p: float) -> tuple[Tensor, float]:
-    """A mask, every entry dropped with probability p on its own. Returns: it, and the share of entries kept: 1 − p.
+class Drawn(NamedTuple):
+    """What dropout does to an x this time.
+
+    Attributes:
+        mask: what it keeps or drops; None = it is not at work.
+        share: of the entries that it keeps.
+        rest: x ∘ mask / share, where that came with drawing the mask.
+    """
+
+    mask: Tensor | None = None
+    share: float = 1.0
+    rest: Tensor | None = None
+
+
+def draw(x_TN: Tensor, p: float) -> Drawn:
+    """Draw a mask, every entry dropped with probability p on its own.
 
     Args:
-        like_TN: the input.
+        x_TN: the input.
         p: in (0, 1); rounded to 16 bits, and the share with it, where bits are drawn.
     """
-    if like_TN.device.type == "cpu" and p <= SMALL:
+    if x_TN.device.type in DROPPING:
+        with torch.no_grad():
+            rest_TN, mask = torch.native_dropout(x_TN, p, True)
+        return Drawn(flat(mask), 1 - p, rest_TN)
+    return Drawn(*draw_mask(x_TN, p))
+
+
+def draw_mask(like_TN: Tensor, p: float) -> tuple[Tensor, float]:
+    """The mask and the share of `draw`, for an input like this one."""
+    kind = like_TN.device.type
+    if kind == "cpu" and p <= SMALL:
         return dropped_positions(like_TN.numel(), p), 1 - p
+    if kind in DROPPING:
+        return flat(torch.native_dropout(like_TN.detach(), p, True)[1]), 1 - p
+    if kind != "cpu":
+        return flat(torch.empty_like(like_TN, dtype=torch.float32).bernoulli_(1 - p)).bool(), 1 - p
     dropped = min(max(round(p * 2**16), 1), 2**16 - 1)
     return kept_entries(like_TN, dropped), 1 - dropped / 2**16
 

@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 
 from ..manifold.linear import StiefelLinear
-from .dropout import draw_mask
-from .products import add_product_, add_widened_, flat, masked, narrow, weight_gradient
+from .dropout import Drawn, draw
+from .products import add_product_, flat, masked, narrow, read_twice, up_gradient, weight_gradient, widen_
 
 LINEAR = (nn.Linear.forward, StiefelLinear.forward)
 Hidden = Callable[..., Tensor]  # of z (T, R) and other tensors: what the up-projection sees, (T, R)
@@ -45,8 +45,7 @@ def base_and_down(x_TN: Tensor, base: nn.Module, down: nn.Module, dropout: nn.Mo
     x_TN, W_MN, A_RN, *biases = as_autocast(x_TN, x_TN, base.weight, down.weight, *biases)
     if x_TN.dtype != W_MN.dtype or not widens(x_TN.dtype, A_RN.dtype):
         return None
-    mask, share = drawn_mask(dropout, x_TN)
-    return BaseAndDown.apply(x_TN, W_MN, biases[0] if biases else None, A_RN, mask, share)
+    return BaseAndDown.apply(x_TN, W_MN, biases[0] if biases else None, A_RN, *drawn(dropout, x_TN))
 
 
 def dropped_linear(x_TN: Tensor, down: nn.Module, dropout: nn.Module) -> Tensor:
@@ -56,12 +55,12 @@ def dropped_linear(x_TN: Tensor, down: nn.Module, dropout: nn.Module) -> Tensor:
     cast_TN, A_RN = as_autocast(x_TN, x_TN, down.weight)
     if cast_TN.dtype != A_RN.dtype:
         return down(dropout(x_TN))
-    mask, share = drawn_mask(dropout, cast_TN)
-    if mask is None and type(dropout) is not nn.Identity:
+    drop = drawn(dropout, cast_TN)
+    if drop.mask is None and type(dropout) is not nn.Identity:
         cast_TN = dropout(cast_TN)
     if torch.is_grad_enabled():
-        return Down.apply(cast_TN, A_RN, mask, share)
-    return over(share, narrow(cast_TN, A_RN, mask))
+        return Down.apply(cast_TN, A_RN, *drop)
+    return dropped_and_narrow(cast_TN, A_RN, drop)
 
 
 def keeps_input_alone(y_TM: Tensor, z_TR: Tensor, up: nn.Module) -> bool:
@@ -103,32 +102,34 @@ class BaseAndDown(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_TN: Tensor, W_MN: Tensor, b_M: Tensor | None, A_RN: Tensor, mask: Tensor | None, share: float
+        ctx: Any, x_TN: Tensor, W_MN: Tensor, b_M: Tensor | None, A_RN: Tensor, *dropped: Any
     ) -> tuple[Tensor, Tensor]:
         """Two products."""
-        ctx.save_for_backward(x_TN, W_MN, A_RN, mask)
-        ctx.share = share
-        return F.linear(x_TN, W_MN, b_M), over(share, narrow(x_TN, A_RN, mask))
+        drop = Drawn(*dropped)
+        ctx.save_for_backward(x_TN, W_MN, A_RN, drop.mask)
+        ctx.share = drop.share
+        return F.linear(x_TN, W_MN, b_M), dropped_and_narrow(x_TN, A_RN, drop)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """The branch's part of x's gradient is added into the base layer's."""
+        """The base layer's part of x's gradient is added to the branch's."""
         x_TN, W_MN, A_RN, mask = ctx.saved_tensors
         g_TM, g_TR = gradients[0], over(ctx.share, gradients[1])
         dx_TN = input_gradient(x_TN, g_TR, A_RN, mask, base=(g_TM, W_MN)) if ctx.needs_input_grad[0] else None
         dA_RN = weight_gradient(g_TR, x_TN, mask) if ctx.needs_input_grad[3] else None
-        return dx_TN, None, None, dA_RN, None, None
+        return dx_TN, None, None, dA_RN, None, None, None
 
 
 class Down(torch.autograd.Function):
     """(x ∘ mask) Aᵀ / share by itself, whose gradient of x autograd can add the base layer's to in place."""
 
     @staticmethod
-    def forward(ctx: Any, x_TN: Tensor, A_RN: Tensor, mask: Tensor | None, share: float) -> Tensor:
+    def forward(ctx: Any, x_TN: Tensor, A_RN: Tensor, *dropped: Any) -> Tensor:
         """One product."""
-        ctx.save_for_backward(x_TN, A_RN, mask)
-        ctx.share = share
-        return over(share, narrow(x_TN, A_RN, mask))
+        drop = Drawn(*dropped)
+        ctx.save_for_backward(x_TN, A_RN, drop.mask)
+        ctx.share = drop.share
+        return dropped_and_narrow(x_TN, A_RN, drop)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -137,7 +138,7 @@ class Down(torch.autograd.Function):
         g_TR = over(ctx.share, gradients[0])
         dx_TN = input_gradient(x_TN, g_TR, A_RN, mask) if ctx.needs_input_grad[0] else None
         dA_RN = weight_gradient(g_TR, x_TN, mask) if ctx.needs_input_grad[1] else None
-        return dx_TN, dA_RN, None, None
+        return dx_TN, dA_RN, None, None, None
 
 
 class AddProduct(torch.autograd.Function):
@@ -156,11 +157,11 @@ class AddProduct(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient of y is that of the output, untouched; s is applied where it is R wide."""
         h_TR, W_MR = ctx.saved_tensors
-        dh_TR = dW_MR = None
+        g_TM, dh_TR, dW_MR = read_twice(gradients[0], W_MR), None, None
         if ctx.needs_input_grad[1]:
-            dh_TR = narrow(gradients[0], W_MR.mT).mul(ctx.scaling)
+            dh_TR = times(ctx.scaling, narrow(g_TM, W_MR.mT))
         if ctx.needs_input_grad[2]:
-            dW_MR = weight_gradient(h_TR, gradients[0]).mT.mul(ctx.scaling)
+            dW_MR = times(ctx.scaling, up_gradient(h_TR, g_TM))
         return gradients[0], dh_TR, dW_MR, None
 
 
@@ -197,10 +198,11 @@ class AddHidden(torch.autograd.Function):
             inputs = tuple(x.detach().requires_grad_(needed) for x, needed in zip(inputs, needs, strict=True))
         with torch.enable_grad():
             h_TR = ctx.hidden(*inputs)
-        dW_MR = weight_gradient(h_TR, gradients[0]).mT.mul(ctx.scaling) if needs_W else None
+        g_TM = read_twice(gradients[0], W_MR)
+        dW_MR = times(ctx.scaling, up_gradient(h_TR, g_TM)) if needs_W else None
         wanted, found = [i for i, needed in enumerate(needs) if needed], dict[int, Tensor]()
         if wanted:
-            dh_TR = narrow(gradients[0], W_MR.mT).mul(ctx.scaling)
+            dh_TR = times(ctx.scaling, narrow(g_TM, W_MR.mT))
             made = torch.autograd.grad(h_TR, [inputs[i] for i in wanted], dh_TR, create_graph=twice)
             found = dict(zip(wanted, made, strict=True))
         dz_TR, *d_extra = map(found.get, range(len(needs)))
@@ -210,6 +212,11 @@ class AddHidden(torch.autograd.Function):
 def over(share: float, x_TR: Tensor) -> Tensor:
     """x / share, and x itself for 1."""
     return x_TR if share == 1 else x_TR / share
+
+
+def times(scaling: float, x_TR: Tensor) -> Tensor:
+    """s · x, and x itself for 1."""
+    return x_TR if scaling == 1 else x_TR * scaling
 
 
 def as_autocast(like: Tensor, *operands: Tensor) -> tuple[Tensor, ...]:
@@ -229,15 +236,22 @@ def input_gradient(
         dx_TN = masked(g_TR @ A_RN, mask).to(x_TN.dtype)
         return dx_TN if base is None else base[0] @ base[1] + dx_TN
     dx_TN = x_TN.new_empty(x_TN.shape)  # `g @ W` may give a view, which autograd never adds to in place
-    if base is None:
-        return add_widened_(dx_TN, g_TR, A_RN, mask, beta=0)
-    torch.mm(flat(base[0]), base[1], out=flat(dx_TN))
-    return add_widened_(dx_TN, g_TR, A_RN, mask)
+    widen_(dx_TN, g_TR, A_RN, mask)
+    if base is not None:  # last: the large product adds in float32 to what is there, whatever it is rounded to then
+        flat(dx_TN).addmm_(flat(base[0]), base[1])
+    return dx_TN
 
 
-def drawn_mask(dropout: nn.Module, x_TN: Tensor) -> tuple[Tensor | None, float]:
-    """A mask of what dropout keeps of x, and the share of it; (None, 1) where it is not at work."""
-    return draw_mask(x_TN, dropout.p) if is_dropping(dropout) else (None, 1.0)
+def drawn(dropout: nn.Module, x_TN: Tensor) -> Drawn:
+    """What dropout does to x this time."""
+    return draw(x_TN, dropout.p) if is_dropping(dropout) else Drawn()
+
+
+def dropped_and_narrow(x_TN: Tensor, A_RN: Tensor, drop: Drawn) -> Tensor:
+    """(x ∘ mask) Aᵀ / share."""
+    if drop.rest is not None:
+        return narrow(drop.rest, A_RN)
+    return over(drop.share, narrow(x_TN, A_RN, drop.mask))
 
 
 def widens(dtype: torch.dtype, to: torch.dtype) -> bool:
@@ -249,7 +263,7 @@ def is_frozen_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     """A linear layer that does not train and that nobody watches, with plain tensors for weights."""
     if type(module).forward is not nn.Linear.forward or has_hooks(module):
         return False
-    return all(type(p) in (Tensor, nn.Parameter) and not p.requires_grad for p in module.parameters())
+    return all(is_plain(p) and not p.requires_grad for p in module.parameters())
 
 
 def is_nothing(module: nn.Module) -> bool:
@@ -266,6 +280,11 @@ def is_dropping(module: nn.Module) -> TypeGuard[nn.Dropout]:
 def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     """x Wᵀ and nothing else: no bias, no hook that would see the module called (FSDP's, a profiler's, a user's)."""
     return type(module).forward in LINEAR and module.bias is None and not has_hooks(module)
+
+
+def is_plain(x: Tensor) -> bool:
+    """A tensor of torch's own and no subclass, which may be quantised, in shards, or anything."""
+    return type(x) in (Tensor, nn.Parameter)
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -285,5 +304,5 @@ def is_eager() -> bool:
 
 def may_overwrite(y_TM: Tensor) -> bool:
     """A plain dense tensor that autograd lets anybody overwrite."""
-    ordinary = type(y_TM) is Tensor and y_TM.layout is torch.strided and y_TM.is_contiguous()
+    ordinary = is_plain(y_TM) and y_TM.layout is torch.strided and y_TM.is_contiguous()
     return ordinary and not (y_TM.is_leaf and y_TM.requires_grad)

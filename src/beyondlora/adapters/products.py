@@ -12,11 +12,15 @@ import torch
 from torch import Tensor
 
 BLOCK = 256  # rows a piece: small enough for a cache, large enough for a matrix product
+DROPPING = {"cuda", "xpu"}  # devices with one kernel to draw, drop and scale, and one to do it again
+drop_again = torch.ops.aten.native_dropout_backward  # x ∘ mask · scale in one pass
 
 
 def narrow(x_TN: Tensor, A_RN: Tensor, mask: Tensor | None = None) -> Tensor:
     """(x ∘ mask) Aᵀ in A's dtype, (T, R); x ∘ mask, and x in another dtype, exist a block of rows at a time."""
     if mask is None and x_TN.dtype == A_RN.dtype:
+        if x_TN.device.type != "cpu":
+            return (flat(x_TN) @ A_RN.mT).view(*x_TN.shape[:-1], A_RN.shape[0])
         # The narrow matrix first: the other order is slower (docs/speed.md). Contiguous: dropout draws another mask for
         # another layout, and a recomputed forward pass must draw the same.
         return (A_RN @ flat(x_TN).mT).mT.contiguous().view(*x_TN.shape[:-1], A_RN.shape[0])
@@ -38,19 +42,28 @@ def weight_gradient(g_TR: Tensor, x_TN: Tensor, mask: Tensor | None = None) -> T
     return sum_RN
 
 
-def add_widened_(dx_TN: Tensor, g_TR: Tensor, A_RN: Tensor, mask: Tensor | None, beta: float = 1) -> Tensor:
-    """dx ← beta dx + (g A) ∘ mask, for beta 0 or 1 and a dx that is contiguous."""
+def read_twice(g_TM: Tensor, W_MR: Tensor) -> Tensor:
+    """g for two products with matrices of W's dtype: in it, where they would not take it by blocks of rows."""
+    return g_TM if g_TM.device.type == "cpu" else g_TM.to(W_MR.dtype)
+
+
+def up_gradient(h_TR: Tensor, g_TM: Tensor) -> Tensor:
+    """gᵀ h in h's dtype, (M, R), by the order of products that is fast where they are."""
+    if g_TM.device.type != "cpu" and g_TM.dtype == h_TR.dtype:
+        return flat(g_TM).mT @ flat(h_TR)
+    return weight_gradient(h_TR, g_TM).mT
+
+
+def widen_(dx_TN: Tensor, g_TR: Tensor, A_RN: Tensor, mask: Tensor | None) -> Tensor:
+    """dx ← (g A) ∘ mask, for a dx that is contiguous."""
     if mask is not None and mask.dtype != torch.bool:
-        dropped = mask.long()
-        untouched = dx_TN.view(-1)[dropped] if beta else dx_TN.new_zeros(dropped.shape)
-        add_widened_(dx_TN, g_TR, A_RN, None, beta).view(-1).index_copy_(0, dropped, untouched)
+        widen_(dx_TN, g_TR, A_RN, None).view(-1).index_fill_(0, mask.long(), 0)
         return dx_TN
-    if mask is None and dx_TN.dtype == A_RN.dtype:
-        flat(dx_TN).addmm_(flat(g_TR), A_RN, beta=beta)
-        return dx_TN
+    if dx_TN.dtype == A_RN.dtype and (mask is None or dx_TN.device.type in DROPPING):
+        torch.mm(flat(g_TR), A_RN, out=flat(dx_TN))
+        return dx_TN if mask is None else dx_TN.mul_(mask.view(dx_TN.shape))
     for rows in blocks(dx_TN):
-        part = masked(flat(g_TR)[rows] @ A_RN, None if mask is None else mask[rows])
-        flat(dx_TN)[rows] = part if beta == 0 else flat(dx_TN)[rows] + part
+        flat(dx_TN)[rows] = masked(flat(g_TR)[rows] @ A_RN, None if mask is None else mask[rows])
     return dx_TN
 
 
@@ -65,13 +78,18 @@ def add_product_(y_TM: Tensor, h_TR: Tensor, W_MR: Tensor, scaling: float) -> Te
     return y_TM
 
 
-def masked(x_TN: Tensor, mask: Tensor | None) -> Tensor:
-    """x ∘ mask."""
+def masked(x_TN: Tensor, mask: Tensor | None, share: float = 1) -> Tensor:
+    """x ∘ mask / share."""
+    if mask is not None and x_TN.device.type in DROPPING:
+        kept_TN: Tensor = drop_again(x_TN, mask.view(x_TN.shape), 1 / share)
+        return kept_TN
     if mask is None:
-        return x_TN
-    if mask.dtype == torch.bool:
-        return torch.where(mask.view(x_TN.shape), x_TN, 0)
-    return x_TN.reshape(-1).index_fill(0, mask.long(), 0).view(x_TN.shape)
+        kept_TN = x_TN
+    elif mask.dtype == torch.bool:
+        kept_TN = torch.where(mask.view(x_TN.shape), x_TN, 0)
+    else:
+        kept_TN = x_TN.reshape(-1).index_fill(0, mask.long(), 0).view(x_TN.shape)
+    return kept_TN if share == 1 else kept_TN / share
 
 
 def masked_blocks(x_TN: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:

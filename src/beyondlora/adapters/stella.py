@@ -165,7 +165,8 @@ class StellaAdapter(Adapter):
 
     def hidden_again(self, z_TR: Tensor) -> tuple[Hidden, *tuple[Tensor, ...]] | None:
         """See `Adapter.hidden_again`: S z."""
-        return None if has_hooks(self.core) else (self.core.product, self.core.weight)
+        bare = type(self.core) in (Dense, Diagonal) and not has_hooks(self.core)
+        return (self.core.product, self.core.weight) if bare else None
 
     def lora_factors(self) -> tuple[Tensor, Tensor]:
         """The LoRA that the adapter equals: s·U·S (M, R) and Vᵀ (R, N). No SVD: the factors are there already."""
