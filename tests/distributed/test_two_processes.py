@@ -32,6 +32,7 @@ from two_processes import (
     assert_orthonormal,
     free_port,
     join,
+    leave,
     model,
     train,
 )
@@ -81,8 +82,7 @@ def worker(rank: int, port: int, folder: Path) -> None:
     found["poison"] = poisoned(net, optimizer, rank)
     found["skipped"] = poisoned(net, Skipping(net.parameters(), 0.1), rank)
     found["resumed"] = resumed(folder, rank)
-    torch.save(found, folder / f"{rank}.pt")
-    distributed.destroy_process_group()
+    leave(found, folder / f"{rank}.pt")
 
 
 def collectives(net: nn.Module, optimizer: torch.optim.Optimizer) -> str:

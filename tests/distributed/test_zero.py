@@ -12,7 +12,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, distributed, multiprocessing, nn
-from two_processes import ROWS, Skipping, adamw, alone, assert_close, assert_orthonormal, free_port, join, model, train
+from two_processes import (
+    ROWS,
+    Skipping,
+    adamw,
+    alone,
+    assert_close,
+    assert_orthonormal,
+    free_port,
+    join,
+    leave,
+    model,
+    train,
+)
 
 from beyondlora.manifold import StiefelLinear, distance_to_stiefel
 
@@ -150,8 +162,7 @@ def worker(rank: int, port: int, folder: Path) -> None:
             beside(torch.ones(1, 2)).sum().backward()
             torch.optim.SGD(beside.parameters(), 0.1).step()
     found["half"] = half_precision(rank)
-    torch.save(found, folder / f"{rank}.pt")
-    distributed.destroy_process_group()
+    leave(found, folder / f"{rank}.pt")
 
 
 def poisoned(net: nn.Module, zero: Any, rank: int) -> tuple[str, bool]:

@@ -58,7 +58,7 @@ def test_a_package_that_is_not_here_is_named(monkeypatch, home):
 
 
 def test_a_factor_that_drifts_is_noticed(monkeypatch):
-    monkeypatch.setattr(riemannian, "_begin", lambda optimizer, layers: None)  # the step is switched off
+    monkeypatch.setattr(riemannian, "_begin", lambda *_: None)  # the step is switched off
     found = probe_optimizers()["torch AdamW"]
     assert (found.state, "left the manifold" in found.why) == ("wrong", True)
 

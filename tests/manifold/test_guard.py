@@ -208,11 +208,11 @@ def test_a_weight_made_from_other_parameters_is_refused() -> None:
 
 @pytest.mark.parametrize("size", [0, 100])
 def test_a_flat_shard_is_refused(size: int) -> None:
-    """What FSDP1 with use_orig_params makes of a weight; a process may hold nothing of it."""
+    """As FSDP1 makes one of a weight, with nothing that says which part it is; there may be nothing in it."""
     layer = StiefelLinear(4, 64)
     layer.weight = nn.Parameter(torch.zeros(size))
     layer.weight.grad = torch.zeros(size)
-    with pytest.raises(ValueError, match=rf"has become a flat shard of shape \({size},\) \(FSDP1\)"):
+    with pytest.raises(ValueError, match=rf"has become a flat shard of shape \({size},\)"):
         torch.optim.SGD(layer.parameters(), 0.1).step()
 
 

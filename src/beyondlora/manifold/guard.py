@@ -7,6 +7,7 @@ export, which always look.
 
 import warnings
 import weakref
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -14,14 +15,16 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from .linear import PRECISE, StiefelLinear, is_cut_by_zero, live_stiefel_layers, weight_of
+from .linear import PRECISE, StiefelLinear, is_cut_by_fsdp, is_cut_by_zero, live_stiefel_layers, weight_of
 from .moves import refused_steps
-from .partitions import is_in_a_known_partition
+from .pieces import may_be_stepped
 from .stiefel import distance_to_stiefel, polar_retraction
 
 ROUNDED = 5e-6  # what float32 leaves
 DRIFTED = 0.1  # beyond it, the nearest orthonormal matrix is a guess
 PATIENCE = 10  # steps with a gradient that no optimizer takes
+
+FSDP_WRAPPED = "_fsdp_wrapped_module"  # what FSDP1's wrapper calls the module inside it
 
 REFUSED = {  # part of a class's name -> why
     "LBFGS": "it evaluates the loss several times within one step, and every point but the first is off the manifold",
@@ -50,20 +53,32 @@ def refuse_out_of_reach(layers: list[StiefelLinear]) -> None:
     for layer in layers:
         trained = layer.weight.requires_grad or any(made.requires_grad for made in layer.parameters())
         if trained and (why := _out_of_reach(layer)):
-            raise ValueError(
-                f"A Stiefel factor of shape {layer.whole_shape} cannot be stepped: {why}. Use "
-                "DDP, FSDP2 (fully_shard) or DeepSpeed's ZeRO, or give the factors a Euclidean geometry."
-            )
+            raise ValueError(_cannot(layer, why))
+
+
+def _cannot(layer: StiefelLinear, why: str) -> str:
+    return (
+        f"A Stiefel factor of shape {layer.whole_shape} cannot be stepped: {why}. Use DDP, FSDP or DeepSpeed's ZeRO, "
+        "or give the factors a Euclidean geometry."
+    )
+
+
+def refuse_strays(owned: list[StiefelLinear]) -> None:
+    """Raise a ValueError for a weight that an optimizer owns and that is a part of one, of which nobody knows which."""
+    for layer in owned:
+        if is_cut_by_fsdp(layer):
+            raise ValueError(_cannot(layer, f"its weight has become a flat shard of shape {tuple(layer.weight.shape)}"))
 
 
 def _out_of_reach(layer: StiefelLinear) -> str | None:
-    if is_cut_by_zero(layer.weight):
-        known = is_in_a_known_partition(layer.weight)
+    if is_cut_by_zero(weight_of(layer)):
+        known = may_be_stepped(layer)
         return None if known else "DeepSpeed steps it in partitions, and not by an optimizer of ZeRO 1, 2 or 3"
+    if is_cut_by_fsdp(layer):
+        known = may_be_stepped(layer)
+        return None if known else "FSDP1 steps it in pieces, and this torch does not say which"
     if "weight" not in layer._parameters:
-        return "its weight is made from other parameters (FSDP1's flat ones, a parametrization), which are stepped"
-    if layer.weight.shape != layer.whole_shape:
-        return f"its weight has become a flat shard of shape {tuple(layer.weight.shape)} (FSDP1)"
+        return "its weight is made from other parameters (a parametrization), which are stepped"
     return None
 
 
@@ -91,6 +106,8 @@ def check_layer(layer: StiefelLinear, *, again: bool = False) -> None:
     layer.restore_precision()
     if weight.is_inference() or (layer.settled == (id(weight), weight._version) and not again):
         return
+    if is_cut_by_fsdp(layer):
+        return  # processes look together, at the beginning of their step
     if not is_cut_by_zero(weight):
         refuse_out_of_reach([layer])
     elif weight.shape != layer.whole_shape or weight.dtype not in PRECISE:
@@ -118,7 +135,7 @@ def check_state(model: nn.Module, state: dict[str, Any]) -> None:
     """
     _say_what_was_refused()
     for name, module in model.named_modules():
-        saved = state.get(f"{name}.weight")
+        saved = state.get(f"{name}.weight".replace(f"{FSDP_WRAPPED}.", ""))
         if not isinstance(module, StiefelLinear) or not isinstance(saved, Tensor) or isinstance(saved, DTensor):
             continue
         if saved.dtype in (torch.float32, torch.float64) and not saved.is_meta:
@@ -195,8 +212,10 @@ class Unowned:
         self._waits: weakref.WeakKeyDictionary[StiefelLinear, int] = weakref.WeakKeyDictionary()
         self._orthonormal: weakref.WeakSet[StiefelLinear] = weakref.WeakSet()  # when they began to wait
 
-    def watch(self, optimizer: Optimizer, owned: list[StiefelLinear]) -> None:
+    def watch(self, optimizer: Optimizer, owned: list[StiefelLinear], cut: Collection[StiefelLinear]) -> None:
         """Count a step for every factor with a new gradient that the stepping optimizer does not own; warn once.
+
+        Those that are cut into vectors are left out, and those in a vector of its own are owned.
 
         A gradient that nobody adds to any more (computed once, to be looked at) is not waiting for a step.
 
@@ -206,9 +225,9 @@ class Unowned:
         late = []
         for layer in live_stiefel_layers():
             weight = weight_of(layer)
-            if not weight.requires_grad:
+            if not weight.requires_grad or is_cut_by_fsdp(layer):
                 continue
-            if id(weight) in weights:
+            if id(weight) in weights or layer in cut:
                 self._waits[layer] = self.OWNED
             elif self._waits.get(layer, 0) != self.OWNED and _has_new_gradient(layer):
                 self._waits[layer] = self._waits.get(layer, 0) + 1
@@ -235,7 +254,7 @@ class Unowned:
                 f"A Stiefel factor of shape {layer.whole_shape} has left the manifold by {distance:.1e} since "
                 f"{type(optimizer).__name__} stepped last, and it does not own the factor: a copy of it is stepped and "
                 "written back, as half-precision optimizers with master weights do (DeepSpeed's without ZeRO, apex's). "
-                "Use DDP, FSDP2 (fully_shard) or DeepSpeed's ZeRO, or give the factors a Euclidean geometry."
+                "Use DDP, FSDP or DeepSpeed's ZeRO, or give the factors a Euclidean geometry."
             )
 
 

@@ -120,8 +120,10 @@ class StiefelLinear(nn.Linear):
         TRL's SFTTrainer does so to every trainable parameter beside a base in 4 or 8 bits.
         """
         weight = weight_of(self)
-        if weight.dtype in PRECISE or weight.is_meta or is_cut_by_zero(weight) or _zero_3_is_coming():
-            return  # ZeRO's own copies are in float32
+        if weight.dtype in PRECISE or weight.is_meta or is_cut_by_zero(weight) or is_cut_by_fsdp(self):
+            return  # their own copies are in float32
+        if _zero_3_is_coming():
+            return
         with torch.no_grad():
             weight.data = self._on_the_manifold(weight.detach())
             if weight.grad is not None:
@@ -184,6 +186,13 @@ def _zero_3_is_coming() -> bool:
 def is_cut_by_zero(weight: Tensor) -> bool:
     """Whether DeepSpeed's ZeRO trains the weight through a partition: it leaves marks on parameters, 3 and 1 or 2."""
     return hasattr(weight, "ds_id") or hasattr(weight, "_hp_mapping")
+
+
+def is_cut_by_fsdp(layer: StiefelLinear) -> bool:
+    """Whether FSDP1 trains the weight through a flat parameter, of which there is a part here."""
+    weight = layer.__dict__["_parameters"].get("weight")
+    # Of its two ways one sets a view of the flat parameter beside the module's parameters, one leaves a part there.
+    return weight.dim() == 1 if weight is not None else "weight" in layer.__dict__
 
 
 def weight_of(layer: StiefelLinear) -> Any:

@@ -13,7 +13,7 @@ weight of a living `StiefelLinear` is left alone.
 """
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,12 +25,20 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils.hooks import RemovableHandle
 
 from .fast import full_precision
-from .guard import Unowned, check_layer, refuse_optimizer, refuse_out_of_reach, settle, warn_of_used_gradients
+from .gathered import Gathered
+from .guard import (
+    Unowned,
+    check_layer,
+    refuse_optimizer,
+    refuse_out_of_reach,
+    refuse_strays,
+    settle,
+    warn_of_used_gradients,
+)
 from .linear import StiefelLinear, live_stiefel_layers, weight_of
 from .moves import Move, plan
-from .partitions import partitions_of
+from .pieces import Piece, pieces_of
 from .shards import plan_shards
-from .zero import Partitioned
 
 
 @dataclass
@@ -100,18 +108,15 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
         running.depth += 1
         return
     _steps.pop(optimizer, None)  # of a step that raised
-    owned = stiefel_layers_of(optimizer)
-    cut = [] if owned else partitions_of(optimizer)
-    if not owned and not cut:
+    pieces = pieces_of(optimizer)
+    inside = {piece.layer for together in pieces for piece in together}
+    owned = [layer for layer in stiefel_layers_of(optimizer) if layer not in inside]
+    if not owned and not pieces:
         refuse_out_of_reach(live_stiefel_layers())
-    _unowned.watch(optimizer, owned + [layer for _, inside in cut for layer in inside])
-    if cut:
-        refuse_optimizer(optimizer)
-        vectors = [vector for vector, _ in cut]
-        _steps[optimizer] = _begin_moves([], [Partitioned(vector, inside) for vector, inside in cut], vectors)
-        return
+    refuse_strays(owned)
+    _unowned.watch(optimizer, owned, inside)
     layers = [layer for layer in owned if weight_of(layer).requires_grad]
-    if not layers:
+    if not layers and not pieces:
         return
     # Before the look at gradients: there may be none yet, the closure makes them.
     _refuse_closure(optimizer, [*args[1:], *kwargs.values()])
@@ -124,28 +129,23 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
         for layer, gradient in gradients
         if gradient is not None and elsewhere.get(id(gradient)) != gradient._version
     ]
-    if stepped:
-        _begin(optimizer, stepped)
+    if stepped or pieces:
+        _begin(optimizer, stepped, pieces)
 
 
-def _begin(optimizer: Optimizer, layers: list[StiefelLinear]) -> None:
+def _begin(optimizer: Optimizer, layers: list[StiefelLinear], pieces: list[list[Piece]]) -> None:
     for layer in layers:
         check_layer(layer)
-    gradients = [weight_of(layer).grad for layer in layers]
-    warn_of_used_gradients(gradients)
-    moves = _moves(optimizer, layers)
-    weights = [layer.weight for layer in layers]
-    step = _steps[optimizer] = _begin_moves(layers, moves, weights)
-    for gradient, version in step.gradients:
-        gradient._used_at_version = version  # type: ignore[attr-defined]
-
-
-def _begin_moves(layers: list[StiefelLinear], moves: Sequence[Move], weights: list[Tensor]) -> _Step:
+    warn_of_used_gradients([weight_of(layer).grad for layer in layers])
+    moves = [*map(Gathered, pieces), *_moves(optimizer, layers)]
+    weights = [layer.weight for layer in layers] + [piece.vector for together in pieces for piece in together]
     with full_precision({weight.device.type for weight in weights}):
         finite = [move.begin() for move in moves]
-    gradients: list[Any] = [weight.grad for weight in weights]
-    versions = [(gradient, gradient._version) for gradient in gradients]
-    return _Step(layers, list(moves), weights, versions, finite=all(finite))
+    stepped = [(weight, weight.grad) for weight in dict.fromkeys(weights) if weight.grad is not None]
+    gradients = [(gradient, gradient._version) for _, gradient in stepped]
+    _steps[optimizer] = _Step(layers, moves, [weight for weight, _ in stepped], gradients, finite=all(finite))
+    for gradient, version in gradients[: len(layers)]:
+        gradient._used_at_version = version  # type: ignore[attr-defined]
 
 
 def _moves(optimizer: Optimizer, layers: list[StiefelLinear]) -> list[Move]:

@@ -185,7 +185,16 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         return type(self.base_layer).forward in (nn.Linear.forward, Conv1D.forward) and not has_hooks(self.base_layer)
 
     def _active(self) -> list[Adapter]:
-        return [self.adapters[name] for name in self.active_adapters if name in self.adapters]
+        return [self._adapter(name) for name in self.active_adapters if name in self.adapters]
+
+    def _adapter(self, name: str) -> Adapter:
+        """The adapter, with what is registered in place of its parts by now: FSDP1 wraps them one by one."""
+        adapter = self.adapters[name]
+        for letter, part in adapter.parts().items():
+            present: Any = self._modules[self.prefix + letter]._modules[name]  # type: ignore[union-attr]
+            if present is not part:
+                adapter.replace(part, present)
+        return adapter
 
     def _branch(self, adapter: Adapter, x: Tensor) -> Tensor:
         if x.is_floating_point():  # and not an embedding's indices
@@ -197,7 +206,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     def _add_by_row(self, result: Tensor, x: Tensor, names: list[str]) -> Tensor:
         for name, rows in rows_by_adapter(names).items():
             if name in self.adapters:
-                result[rows] += self._branch(self.adapters[name], x[rows]).to(result.dtype)
+                result[rows] += self._branch(self._adapter(name), x[rows]).to(result.dtype)
         return result
 
     def extra_repr(self) -> str:
