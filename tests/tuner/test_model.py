@@ -453,3 +453,48 @@ def test_the_projection_that_attention_never_calls_is_refused():
 
 def test_lora_is_left_alone():
     assert not layers(get_peft_model(small_models.llama(), LoraConfig(target_modules=["q_proj"])))
+
+
+class Wrapper(nn.Module):
+    """Around a module, as FSDP1's: it counts its calls, and passes on what it is asked for."""
+
+    def __init__(self, wrapped: nn.Module) -> None:
+        super().__init__()
+        self.wrapped = wrapped
+        self.calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return self.wrapped(x)
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("wrapped"), name)
+
+
+@every_method
+def test_what_stands_in_place_of_a_part_is_what_is_called(method):
+    config = method.config(target_modules=["first"], init_lora_weights=False, lora_dropout=0.0)
+    model = get_peft_model(small_models.Perceptron(), config)
+    layer, x = model.base_model.model.first, torch.randn(5, 16)
+    expected = model(x)
+    expected.sum().backward()
+    gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad}
+    model.zero_grad()
+    for name in layer.adapter_layer_names:
+        modules = getattr(layer, name)
+        if "default" in modules:
+            modules["default"] = Wrapper(modules["default"])
+    for each in (copy.deepcopy(model), model):
+        output = each(x)
+        output.sum().backward()
+        torch.testing.assert_close(output, expected)
+        wrappers = [module for module in each.modules() if isinstance(module, Wrapper)]
+        assert len(wrappers) == len(method.letters)
+        if method.name != "aurora-static":  # which reads its weights and calls nothing
+            assert all(wrapper.calls for wrapper in wrappers)
+        for name, weight in each.named_parameters():
+            if weight.requires_grad:
+                torch.testing.assert_close(weight.grad, gradients[name.replace("wrapped.", "")])

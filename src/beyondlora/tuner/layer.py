@@ -37,7 +37,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.adapter_layer_names = tuple(cls.prefix + letter for letter in cls.letters)
-        cls.other_param_names = ("adapters", f"{cls.prefix}dropout")
+        cls.other_param_names = ("adapters", "_called", f"{cls.prefix}dropout")
 
     def __init__(self, base_layer: nn.Module, *, get_apply_tensor_subclass: Callable[[], Any] | None = None) -> None:
         super().__init__()
@@ -53,6 +53,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         self.cast_input_dtype_enabled = True
         # A plain dict on purpose: the adapters' weights are registered below, under the names PEFT and others expect.
         self.adapters: dict[str, Adapter] = {}
+        self._called: dict[str, dict[str, nn.Module]] = {}  # the parts that an adapter calls: its name → letter → part
         for name in (*self.adapter_layer_names, f"{self.prefix}dropout"):
             setattr(self, name, nn.ModuleDict())
         self._weight_before_merge: Tensor | None = None
@@ -62,6 +63,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         self.adapters[name] = adapter.train(self.training)
         for letter, module in adapter.parts().items():
             getattr(self, self.prefix + letter)[name] = module
+        self._called[name] = {self.prefix + letter: module for letter, module in adapter.parts().items()}
         getattr(self, f"{self.prefix}dropout")[name] = adapter.dropout
         self._move_adapter_to_device_of_base_layer(name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
@@ -189,12 +191,13 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     def _adapter(self, name: str) -> Adapter:
         """The adapter, with what is registered in place of its parts by now: FSDP1 wraps them one by one."""
-        adapter = self.adapters[name]
-        for letter, part in adapter.parts().items():
-            present: Any = self._modules[self.prefix + letter]._modules[name]  # type: ignore[union-attr]
+        modules: Any = self._modules
+        for key, part in self._called[name].items():
+            present = modules[key]._modules[name]
             if present is not part:
-                adapter.replace(part, present)
-        return adapter
+                self.adapters[name].replace(part, present)
+                self._called[name][key] = present
+        return self.adapters[name]
 
     def _branch(self, adapter: Adapter, x: Tensor) -> Tensor:
         if x.is_floating_point():  # and not an embedding's indices
