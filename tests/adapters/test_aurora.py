@@ -158,8 +158,13 @@ def test_bfloat16_weights_give_bfloat16_outputs(make: type[AuroraAdapter]) -> No
     assert adapter(torch.randn(3, 6, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
+each_form = pytest.mark.parametrize("few", [0, 2**20], ids=["the four of a cell", "all functions"])
+
+
+@each_form
 @pytest.mark.parametrize("spline", ["pooled", "per_dim"])
-def test_a_nan_has_no_cell_and_stays_a_nan(spline):
+def test_a_nan_has_no_cell_and_stays_a_nan(spline, few, monkeypatch):
+    monkeypatch.setattr(cubic, "FEW", few)
     layer = AdaptiveNonlinearLayer(3, spline=spline)
     layer.reset_parameters()
     z_TR = torch.randn(4, 3)
@@ -168,13 +173,17 @@ def test_a_nan_has_no_cell_and_stays_a_nan(spline):
     assert layer.closed_form(z_TR).isnan().any(1).tolist() == [False, True, False, False]
 
 
+@each_form
 @pytest.mark.parametrize("spline", ["pooled", "per_dim"])
 @pytest.mark.parametrize("tokens", [0, 5, 8, 11])
-def test_going_through_the_rows_in_pieces_is_the_definition_too(tokens, spline, monkeypatch):
+def test_going_through_the_rows_in_pieces_is_the_definition_too(tokens, spline, few, monkeypatch):
+    monkeypatch.setattr(cubic, "FEW", few)
     monkeypatch.setattr(cubic, "PIECE", 13)  # four rows of three
     layer = AdaptiveNonlinearLayer(3, spline=spline, dtype=torch.float64)
     layer.reset_parameters()
-    z_TR = torch.randn(tokens, 3, dtype=torch.float64, requires_grad=True)
+    z_TR = torch.randn(tokens, 3, dtype=torch.float64)
+    z_TR[::3] = (5 * z_TR[::3]).round() / 2.5  # on knots
+    z_TR.requires_grad_()
     g_TR, of = torch.randn(tokens, 3, dtype=torch.float64), [z_TR, *layer.parameters()]
     for run in (layer.closed_form, layer.by_definition):
         assert run(z_TR).shape == (tokens, 3)

@@ -6,13 +6,14 @@ Legend: T tokens, N inputs, M outputs, R rank, K = G + k basis functions.
 """
 
 import math
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter
 from .bspline import SPLINES, PooledSpline
-from .cubic import AdaptiveCubic, UniformGrid
+from .cubic import UniformGrid, adaptive_cubic
 from .fused import has_hooks, is_eager
 from .products import flat
 from .reading import Reading
@@ -94,8 +95,9 @@ class AdaptiveNonlinearLayer(nn.Module):
         low, high = self.spline.grid_range  # type: ignore[union-attr]
         spacing = (high - low) / self.spline.grid_size  # type: ignore[union-attr]
         grid = UniformGrid(low, spacing, self.spline.grid_size, isinstance(self.spline, PooledSpline))  # type: ignore[union-attr]
-        with torch.autocast(z_TR.device.type, enabled=False):
-            y_TR = AdaptiveCubic.apply(flat(z_TR).to(dtype), H_RR.to(dtype), W_RK.to(dtype), grid)
+        device = z_TR.device.type
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+            y_TR = adaptive_cubic(flat(z_TR).to(dtype), H_RR.to(dtype), W_RK.to(dtype), grid)
         return y_TR.view(z_TR.shape).to(z_TR.dtype)
 
     def by_definition(self, z_TR: Tensor) -> Tensor:

@@ -4,8 +4,9 @@ In each cell of a uniform grid four cubic basis functions differ from zero, and 
 polynomials of the place u in [0, 1) within the cell. The Cox–de Boor recursion (`bspline.bspline_basis`, the
 definition and the test's other side) finds them through all functions of three degrees, and autograd keeps every one.
 
-Two forms: on a CPU these four, added up at their functions' places, as little arithmetic as there can be; elsewhere all
-K functions of the distance to their centres, in few launches, and in sums whose order does not depend on who is first.
+Two forms. On a CPU these four, added up at their functions' places: as little arithmetic as can be. Elsewhere, and
+for a few entries, all K functions of the distance to their centres: few operations, and on a GPU sums whose order does
+not depend on who is first.
 
 Legend: T tokens, R rank, K = G + 3 basis functions, P = K + 7 with a margin where values beyond the grid go.
 """
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+FEW = 2**12  # entries of z up to which a CPU's time goes by the number of operations, not by their size
 PIECE, LARGE_PIECE = 2**15, 2**18  # entries of z: what stays in a CPU's cache; what all functions of are no burden
 MARGIN = (3, 4)  # functions that a cell at the lower and at the upper end reaches and that do not exist
 tanh_backward = torch.ops.aten.tanh_backward  # g (1 − t²) in one pass
@@ -93,6 +95,14 @@ def collect(table: Tensor, index: Tensor, weights: Iterable[Tensor]) -> Tensor:
     return functools.reduce(Tensor.add_, parts)
 
 
+def adaptive_cubic(z_TR: Tensor, H_RR: Tensor, W_RK: Tensor, grid: UniformGrid) -> Tensor:
+    """See `AdaptiveCubic`, which without gradients only costs."""
+    if torch.is_grad_enabled():
+        y_TR: Tensor = AdaptiveCubic.apply(z_TR, H_RR, W_RK, grid)
+        return y_TR
+    return _all_values(z_TR, H_RR, W_RK, grid)
+
+
 class AdaptiveCubic(torch.autograd.Function):
     """σ(z) = tanh(H tanh(z)) + L(z) from (T, R) to (T, R), L(z) = W Σ_i b(z_i) if pooled, else Σ_j W[·, j] b_j(z)."""
 
@@ -101,7 +111,7 @@ class AdaptiveCubic(torch.autograd.Function):
         """Values; saves its inputs."""
         ctx.save_for_backward(z_TR, H_RR, W_RK)
         ctx.grid = grid
-        return _joined([_values(part_TR, H_RR, W_RK, grid) for part_TR in z_TR.split(_rows(z_TR))])
+        return _all_values(z_TR, H_RR, W_RK, grid)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -113,16 +123,23 @@ class AdaptiveCubic(torch.autograd.Function):
             dz_TR, *more = _gradients(g_TR, part_TR, H_RR, W_RK, ctx.grid)
             dz.append(dz_TR)
             sums = [*map(torch.add, sums, more)] if sums else more  # at once: a large rank's H is larger than a piece
-        return _joined(dz), *(sums or map(torch.zeros_like, (H_RR, W_RK))), None
+        return dz[0] if len(dz) == 1 else torch.cat(dz), *(sums or map(torch.zeros_like, (H_RR, W_RK))), None
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def _all_values(z_TR: Tensor, H_RR: Tensor, W_RK: Tensor, grid: UniformGrid) -> Tensor:
+    rows = _rows(z_TR)
+    if len(z_TR) <= rows:
+        return _values(z_TR, H_RR, W_RK, grid)
+    return torch.cat([_values(part_TR, H_RR, W_RK, grid) for part_TR in z_TR.split(rows)])
+
+
+def _has_all_functions(z_TR: Tensor) -> bool:
+    return z_TR.device.type != "cpu" or z_TR.numel() <= FEW
 
 
 def _values(z_TR: Tensor, H_RR: Tensor, W_RK: Tensor, grid: UniformGrid) -> Tensor:
     adapted_TR = torch.tanh_(torch.tanh(z_TR) @ H_RR.mT)
-    if z_TR.device.type != "cpu":
+    if _has_all_functions(z_TR):
         far_TRK, near_TRK = grid.reach(grid.from_centres(z_TR))
         basis_TRK, sixth = far_TRK.pow_(3).sub_(near_TRK.pow_(3), alpha=4), 1 / (6 * grid.spacing**3)
         if grid.pooled:
@@ -142,7 +159,7 @@ def _gradients(
     du_TR = tanh_backward(g_TR, torch.tanh(tanh_TR @ H_RR.mT))
     dz_TR = tanh_backward(du_TR @ H_RR, tanh_TR)
     dH_RR = du_TR.mT @ tanh_TR
-    if z_TR.device.type != "cpu" and not torch.is_grad_enabled():  # its second derivative at a centre is another one
+    if _has_all_functions(z_TR) and not torch.is_grad_enabled():  # its second derivative at a centre is another one
         from_TRK = grid.from_centres(z_TR)
         far_TRK, near_TRK = grid.reach(from_TRK)
         squares = far_TRK * far_TRK, near_TRK * near_TRK
