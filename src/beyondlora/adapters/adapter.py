@@ -104,8 +104,12 @@ class Adapter(nn.Module):
         if self.reading is not None:
             return y_TM + self(x_TN)
         if is_brief(y_TM) and not overwrite:
-            return torch.add(y_TM, self.up(self.hidden(x_TN)), alpha=self.scaling)
+            return self.add_briefly(y_TM, x_TN)
         return add_up(y_TM, self.hidden_fused(x_TN), self.up, self.scaling, overwrite=overwrite)
+
+    def add_briefly(self, y_TM: Tensor, x_TN: Tensor) -> Tensor:
+        """The same in as few calls as can be, for a y that `is_brief`."""
+        return torch.add(y_TM, self.up(self.hidden(x_TN)), alpha=self.scaling)
 
     def hidden_again(self, z_TR: Tensor) -> tuple[Hidden, *tuple[Tensor, ...]] | None:
         """The core as a function of z (..., R) and of tensors, and these tensors: to be called again for the gradient.

@@ -100,15 +100,18 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             result = self.quantization_backend.maybe_clone_base_result(result)
         if adapter_names is not None:
             return self._add_by_row(result, x, adapter_names)
-        dtype = result.dtype
-        ours = not is_brief(result) and self._gives_its_output_away()
+        dtype, brief = result.dtype, is_brief(result)
+        ours = not brief and self._gives_its_output_away()
         for adapter in active:
             if adapter.reading is None:
                 x_cast = self._cast_input_dtype(x, adapter.down.weight.dtype)
-                result = adapter.add_to(result, x_cast, overwrite=ours)
+                if brief:
+                    result = adapter.add_briefly(result, x_cast)
+                else:
+                    result = adapter.add_to(result, x_cast, overwrite=ours)
             else:
                 result = result + self._branch(adapter, x)
-        return result.to(dtype)
+        return result if result.dtype == dtype else result.to(dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the adapters' weight updates to the base weight.
