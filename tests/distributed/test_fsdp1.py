@@ -15,7 +15,7 @@ from methods import METHODS, Method
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils.other import fsdp_auto_wrap_policy
 from torch import multiprocessing, nn
-from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
+from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, ShardingStrategy, StateDictType
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from two_processes import Skipping, Weights, assert_close, free_port, join, leave
@@ -23,10 +23,12 @@ from two_processes import Skipping, Weights, assert_close, free_port, join, leav
 from beyondlora.manifold import StiefelLinear, distance_to_stiefel
 from beyondlora.manifold.guard import check_manifold, check_state
 
-FORMS = {  # use_orig_params, and whether modules that train are wrapped by themselves
-    "flat": (False, True),
-    "parts": (True, True),
-    "blocks": (True, False),
+FORMS = {  # use_orig_params, whether modules that train are wrapped by themselves, and how weights are cut
+    "flat": (False, True, ShardingStrategy.FULL_SHARD),
+    "flat, whole": (False, True, ShardingStrategy.NO_SHARD),
+    "parts": (True, True, ShardingStrategy.FULL_SHARD),
+    "blocks": (True, False, ShardingStrategy.FULL_SHARD),
+    "blocks, recomputed": (True, False, ShardingStrategy.SHARD_GRAD_OP),
 }
 TRIED = [method for method in METHODS if method.name in ("cera", "aurora", "stella", "stella-diag")]
 STEPS = 6
@@ -39,10 +41,17 @@ def adapted(method: Method) -> PeftModel:
 
 
 def wrapped(model: PeftModel, form: str) -> FullyShardedDataParallel:
-    use_orig_params, by_themselves = FORMS[form]
+    use_orig_params, by_themselves, strategy = FORMS[form]
     policy = fsdp_auto_wrap_policy(model) if by_themselves else ModuleWrapPolicy({LlamaDecoderLayer})
+    if "recomputed" in form:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
     return FullyShardedDataParallel(
-        model, auto_wrap_policy=policy, use_orig_params=use_orig_params, device_id=torch.device("cpu")
+        model,
+        auto_wrap_policy=policy,
+        sharding_strategy=strategy,
+        use_orig_params=use_orig_params,
+        device_id=torch.device("cpu"),
     )
 
 
@@ -91,7 +100,7 @@ def worker(rank: int, port: int, folder: Path) -> None:
             found[form, method.name, "said"] = [str(w.message) for w in caught if "Stiefel" in str(w.message)]
             if method.name == "stella":
                 found[form, "saved"] = saved(model)
-                found[form, "poison"] = poisoned(model, optimizer, rank)
+                found[form, "poison"] = poisoned(model, optimizer, rank == 0 or "whole" in form, rank)
                 found[form, "moved"] = moved(model, optimizer, rank)
     leave(found, folder / f"{rank}.pt")
 
@@ -105,13 +114,13 @@ def saved(model: FullyShardedDataParallel) -> Weights:
     return state
 
 
-def poisoned(model: nn.Module, optimizer: torch.optim.Optimizer, rank: int) -> tuple[str, bool]:
-    """What a nan in one process's gradient does, and whether the factors are where they were."""
+def poisoned(model: nn.Module, optimizer: torch.optim.Optimizer, here: bool, rank: int) -> tuple[str, bool]:
+    """What a nan in the gradient here does, and whether the factors are where they were. Whole ones are alike."""
     before = whole_weights(model)
     for step, stepping in enumerate((Skipping(optimizer.param_groups), optimizer)):  # a skipped step is no error
         message = ""
         backward(model, step, rank, 2)
-        if rank == 0:
+        if here:
             largest = max((p for p in model.parameters() if p.grad is not None), key=lambda p: p.grad.numel())
             largest.grad.fill_(float("nan"))
         try:

@@ -263,7 +263,9 @@ def is_frozen_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     """A linear layer that does not train and that nobody watches, with plain tensors for weights."""
     if type(module).forward is not nn.Linear.forward or has_hooks(module):
         return False
-    return all(is_plain(p) and not p.requires_grad for p in module.parameters())
+    # Not `parameters()`: while FSDP1 computes, a weight is a view beside them, of something that may be training.
+    weights: tuple[Any, ...] = (module.weight, module.bias)
+    return all(weight is None or (is_plain(weight) and not weight.requires_grad) for weight in weights)
 
 
 def is_nothing(module: nn.Module) -> bool:

@@ -80,7 +80,8 @@ class Gathered:
             vector = read(piece.vector)
             if vector is not None and piece.size:
                 flat[piece.start : piece.start + piece.size] = vector[piece.offset : piece.offset + piece.size]
-        distributed.all_reduce(whole, group=first.processes)
+        if first.is_cut:
+            distributed.all_reduce(whole, group=first.processes)
         return [
             piece.layer.tall(flat.view(piece.layer.whole_shape)).double()
             for piece, flat in zip(self.pieces, flats, strict=True)

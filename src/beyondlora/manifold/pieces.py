@@ -35,6 +35,7 @@ class Piece(NamedTuple):
     Attributes:
         processes: which hold the factor together.
         device: on which they talk to each other.
+        is_cut: whether they hold a part each; otherwise every process has it all.
     """
 
     layer: StiefelLinear
@@ -44,6 +45,7 @@ class Piece(NamedTuple):
     size: int
     processes: Any
     device: torch.device
+    is_cut: bool = True
 
 
 def pieces_of(optimizer: Optimizer) -> list[list[Piece]]:
@@ -60,7 +62,8 @@ def pieces_of(optimizer: Optimizer) -> list[list[Piece]]:
     pieces.sort(key=lambda piece: places[id(piece.vector)])  # pieces of one vector stay in its order
     together: dict[Any, list[Piece]] = {}
     for piece in pieces:
-        together.setdefault((id(piece.processes), piece.vector.dtype, piece.device), []).append(piece)
+        alike = (id(piece.processes), piece.vector.dtype, piece.device, piece.is_cut)
+        together.setdefault(alike, []).append(piece)
     return list(together.values())
 
 
@@ -134,4 +137,5 @@ def _fsdp_pieces() -> Iterator[Piece]:
             # The optimizer has the flat parameter, or of each weight what is here.
             own = weight_of(layer) if handle._use_orig_params else None
             offset = shard.offset_in_shard if own is None and shard.in_shard else 0
-            yield Piece(layer, flat if own is None else own, start, offset, size, handle.process_group, handle.device)
+            place = (start, offset, size, handle.process_group, handle.device, handle.uses_sharded_strategy)
+            yield Piece(layer, flat if own is None else own, *place)
