@@ -185,10 +185,12 @@ def standing_for(kind: str, *, numbers: bool = True) -> Iterator[None]:
         _lacking.update({"cuda": (), "mps": ("float64", "linalg")}[kind])
         _memory = "cpu" if numbers else "meta"
         has_float64.cache_clear()
-        yield
-        _lacking.clear()
-        _memory = "cpu"
-        has_float64.cache_clear()
+        try:
+            yield
+        finally:
+            _lacking.clear()
+            _memory = "cpu"
+            has_float64.cache_clear()
 
 
 @contextmanager
