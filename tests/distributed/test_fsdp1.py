@@ -109,7 +109,7 @@ def saved(model: FullyShardedDataParallel) -> Weights:
     """The adapter's file, as accelerate gathers it."""
     everywhere = FullStateDictConfig(rank0_only=False)
     with FullyShardedDataParallel.state_dict_type(model, StateDictType.FULL_STATE_DICT, everywhere):
-        state = get_peft_model_state_dict(model.module, state_dict=model.state_dict())
+        state = get_peft_model_state_dict(model, adapter_name="default")
     check_state(model, state)
     return state
 
