@@ -1,10 +1,12 @@
 """On an accelerator every method computes what it does on a CPU, without waiting for it, and on Apple's kind as well.
 
-The accelerator is `pretend`: no GPU was at hand. What it cannot show is speed, and how a real one rounds.
+The accelerator is `pretend`: no GPU was at hand. What it cannot show is speed, and how a real one rounds. With `-m gpu`
+the same tests run on a real one; nobody has seen them do so.
 """
 
 import copy
 import json
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -43,9 +45,15 @@ DEVICE = pretend.NAME
 FAMILIES = {"llama": small_models.llama, "gpt2": small_models.gpt2}
 
 
-@pytest.fixture(autouse=True, params=["as CUDA", "as MPS"])
-def kind(request: pytest.FixtureRequest) -> Iterator[str]:
-    """With everything that CUDA has, or without float64, factorisations and dropout in one kernel, as Apple's GPUs."""
+@pytest.fixture(autouse=True, params=["as CUDA", "as MPS", pytest.param("CUDA", marks=pytest.mark.gpu)])
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """With all that CUDA has; without float64, factorisations and one-kernel dropout, as Apple's GPUs; a real one."""
+    if request.param == "CUDA":
+        if not torch.cuda.is_available():
+            pytest.skip("there is no CUDA device")
+        monkeypatch.setattr(sys.modules[__name__], "DEVICE", "cuda")
+        yield request.param
+        return
     with pretend.standing_for(request.param.removeprefix("as ").lower()):
         yield request.param
 
@@ -120,7 +128,8 @@ def test_training_is_what_it_is_on_a_cpu_and_waits_for_nothing(method: Method, f
     train(here)
     ours, theirs = train(away), train(lora)
     for name, weight in here.state_dict().items():
-        torch.testing.assert_close(away.state_dict()[name].cpu(), weight, rtol=1e-4, atol=1e-4, msg=name)
+        atol = 2e-2 if kind == "CUDA" else 1e-4  # AdamW makes of a gradient that rounds to another sign another step
+        torch.testing.assert_close(away.state_dict()[name].cpu(), weight, rtol=1e-4, atol=atol, msg=name)
     if kind == "as MPS" and method.name.startswith("stella"):
         waits, sent = ours.pop("step")  # its R×R work goes by the CPU, at once for all factors of a rank
         assert (waits - theirs["step"][0], sent) == (2, 2)
@@ -148,10 +157,10 @@ def test_a_layer_in_few_passes_is_the_layer_by_definition(
         operations = []
         with pretend.watched(lambda name, *_: operations.append(name)):
             quick = results()
-        assert "addmm_" in operations  # which the definition does not need
+        assert "addmm_" in operations or kind == "CUDA"  # which the definition does not need
         patch.setattr(fused, "is_eager", lambda: False)
         plain = results()
-    if p == 0 or kind == "as CUDA":
+    if p == 0 or kind != "as MPS":
         for ours, theirs in zip(quick, plain, strict=True):
             torch.testing.assert_close(ours.cpu(), theirs.cpu(), rtol=1e-5, atol=1e-5)
 
@@ -188,8 +197,8 @@ def test_auroras_layer_is_its_definition_there(
 @pytest.mark.parametrize("setting", device_traffic.SETTINGS)
 def test_a_layer_moves_fewer_bytes_than_loras_there(setting: str, kind: str) -> None:
     """Counted by benchmarks/device_traffic.py at the widths of LLaMA3-8B."""
-    if kind == "as MPS":
-        pytest.skip("counted for CUDA")
+    if kind != "as CUDA":
+        pytest.skip("counted for CUDA, once")
     with pretend.standing_for("cuda", numbers=False):
         moved = {
             method: device_traffic.count(method, (4096, 4096), 16 if "AuroRA" in method else 32, 4096, setting)[0].bytes
