@@ -158,6 +158,15 @@ def test_bfloat16_weights_give_bfloat16_outputs(make: type[AuroraAdapter]) -> No
     assert adapter(torch.randn(3, 6, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
+def test_the_static_form_refuses_a_wrapper_that_it_would_never_call():
+    class FullyShardedDataParallel(torch.nn.Module):
+        """By its name."""
+
+    adapter = StaticAuroraAdapter(6, 5, 2)
+    with pytest.raises(ValueError, match=r"never calls.*Wrap whole blocks.*aurora_mode='dynamic'"):
+        adapter.replace(adapter.down, FullyShardedDataParallel())
+
+
 each_form = pytest.mark.parametrize("few", [0, 2**20], ids=["the four of a cell", "all functions"])
 
 

@@ -200,6 +200,16 @@ class StaticAuroraAdapter(AuroraAdapter):
 
     hidden_fused = hidden
 
+    def replace(self, part: nn.Module, by: nn.Module) -> None:
+        """See `Adapter.replace`. Raises: ValueError for FSDP1's wrapper around one part."""
+        if type(by).__name__ == "FullyShardedDataParallel":
+            raise ValueError(
+                "FSDP1 has wrapped a single module of AuroRA's static form, which reads weights and never calls the "
+                "modules that hold them, so nothing would put this one's weight together. Wrap whole blocks of the "
+                "model, take FSDP2 or DDP, or train the dynamic form (aurora_mode='dynamic')."
+            )
+        super().replace(part, by)
+
     def beside(self, base: nn.Module, x_TN: Tensor) -> None:
         """No weight of its own meets x."""
 
