@@ -11,7 +11,6 @@ neither, has caches, and waits between kernels.
 import argparse
 import math
 import sys
-from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,6 @@ SETTINGS = {  # of the layer, of the adapters, whether under autocast
     "float32": (torch.float32, torch.float32, False),
 }
 LLAMA = {4096: 192, 1024: 64, 14336: 64}  # rows of the factors of LLaMA3-8B's commonsense recipe: how many
-FACTORS: list[StiefelLinear] = []  # alive
 SHAPES = [(4096, 4096), (4096, 14336)]
 BANDWIDTH = 4.8e12  # bytes a second: NVIDIA's data sheet of the H200 SXM
 PRODUCTS = {torch.bfloat16: 989e12, torch.float32: 67e12, torch.float64: 67e12}  # operations a second, dense, no TF32
@@ -53,7 +51,6 @@ class Count:
     def __init__(self) -> None:
         self.kernels = self.bytes = 0
         self.seconds = 0.0
-        self.by_name: Counter[str] = Counter()
 
     def __call__(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """Take in an operation; see `pretend.Watcher`."""
@@ -72,7 +69,6 @@ class Count:
         self.kernels += 1
         self.bytes += moved
         self.seconds += seconds
-        self.by_name[name] += 1
 
 
 def size(tensor: Tensor) -> int:
@@ -100,24 +96,43 @@ def count(method: str, shape: tuple[int, int], rank: int, tokens: int, setting: 
     return counted, forward
 
 
-def factors(sizes: dict[int, int], rank: int, moved: bool) -> list[nn.Parameter]:
-    """Weights of so many factors of so many rows, which take the Riemannian step or not."""
-    made = []
-    for rows, count in sizes.items():
-        for _ in range(count):
-            weight = nn.Parameter(torch.empty(rows, rank, device=pretend.NAME))
-            if moved:
-                factor = StiefelLinear(rank, rows, device="meta")
-                factor._parameters["weight"] = weight
-                settle(factor)
-                FACTORS.append(factor)
-            made.append(weight)
-    return made
+def layer_rows(shape: tuple[int, int], rank: int, tokens: int, setting: str) -> list[str]:
+    """Of one layer in one setting, a row a method."""
+    found = {
+        method: count(method, shape, rank // 2 if method.startswith("AuroRA") else rank, tokens, setting)
+        for method in METHODS
+        if method != "LoRA again"
+    }
+    base, lora, drop = (found[name][0] for name in ("base", "LoRA", "LoRA+drop"))
+    return [
+        f"| {shape[0]}→{shape[1]} | {setting} | {method} | {forward} + {counted.kernels - forward} "
+        f"| {counted.bytes / 2**30:.2f} | {(counted.bytes - base.bytes) / (lora.bytes - base.bytes):.2f} "
+        f"| {counted.seconds * 1e3:.2f} | {counted.seconds / lora.seconds:.2f} "
+        f"| {counted.seconds / drop.seconds:.2f} |"
+        for method, (counted, forward) in found.items()
+    ]
 
 
-def count_step(weights: list[nn.Parameter], **implementation: bool) -> Count:
+def step_row(implementation: str, rank: int) -> str:
+    """What AdamW takes on plain weights, and how much more on Stiefel factors of the same shapes."""
+    heights = [rows for rows, times in LLAMA.items() for _ in range(times)]
+    plain = [on_the_device(nn.Linear(rank, rows, bias=False, device="meta")) for rows in heights]
+    factors = [on_the_device(StiefelLinear(rank, rows, device="meta")) for rows in heights]
+    for factor in factors:
+        settle(factor)
+    alone = count_step([layer.weight for layer in plain], implementation)
+    pretend.waits.clear()
+    both = count_step([factor.weight for factor in factors], implementation)
+    return (
+        f"| {implementation} | {alone.kernels} | {alone.bytes / 2**30:.2f} | {both.kernels - alone.kernels} "
+        f"| {(both.bytes - alone.bytes) / 2**30:.2f} | {(both.seconds - alone.seconds) * 1e3:.2f} "
+        f"| {len(pretend.waits)} |"
+    )
+
+
+def count_step(weights: list[nn.Parameter], implementation: str) -> Count:
     """The second step of AdamW on these weights."""
-    optimizer = torch.optim.AdamW(weights, **implementation)
+    optimizer = torch.optim.AdamW(weights, **{implementation: True})
     for _ in range(2):
         counted = Count()
         for weight in weights:
@@ -127,7 +142,7 @@ def count_step(weights: list[nn.Parameter], **implementation: bool) -> Count:
     return counted
 
 
-def on_the_device(model: nn.Module) -> nn.Module:
+def on_the_device(model: Any) -> Any:
     """The model with weights that are shapes on the device."""
     for module in model.modules():
         for name, weight in list(module.named_parameters(recurse=False)):
@@ -143,7 +158,6 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=32, help="AuroRA's is half of it")
     parser.add_argument("--out", type=Path, help="the Markdown file; default: standard output")
     parser.add_argument("--date", default="", help="date to record")
-    parser.add_argument("--operations", action="store_true", help="print which, for every row")
     arguments = parser.parse_args()
     lines = [
         "# What a layer asks of a GPU: kernels and bytes, counted",
@@ -163,22 +177,7 @@ def main() -> None:
     with pretend.standing_for("cuda", numbers=False):
         for shape in SHAPES:
             for setting in SETTINGS:
-                found = {}
-                for method in METHODS:
-                    rank = arguments.rank // 2 if method.startswith("AuroRA") else arguments.rank
-                    found[method] = count(method, shape, rank, arguments.tokens, setting)
-                base, lora, drop = (found[name][0] for name in ("base", "LoRA", "LoRA+drop"))
-                for method, (counted, forward) in found.items():
-                    if method == "LoRA again":
-                        continue
-                    beyond = (counted.bytes - base.bytes) / (lora.bytes - base.bytes)
-                    lines.append(
-                        f"| {shape[0]}→{shape[1]} | {setting} | {method} | {forward} + {counted.kernels - forward} "
-                        f"| {counted.bytes / 2**30:.2f} | {beyond:.2f} | {counted.seconds * 1e3:.2f} "
-                        f"| {counted.seconds / lora.seconds:.2f} | {counted.seconds / drop.seconds:.2f} |"
-                    )
-                    if arguments.operations:
-                        print(method, dict(counted.by_name))
+                lines += layer_rows(shape, arguments.rank, arguments.tokens, setting)
         lines += [
             "",
             f"The Riemannian step of LLaMA3-8B's 320 factors, r = {arguments.rank}, float32, around AdamW. Its own is",
@@ -186,17 +185,8 @@ def main() -> None:
             "",
             "| AdamW | its kernels | its GiB | the step's kernels | its GiB | its bound, ms | waits |",
             "|---|---|---|---|---|---|---|",
+            *(step_row(implementation, arguments.rank) for implementation in ("fused", "foreach")),
         ]
-        for implementation in ("fused", "foreach"):
-            alone = count_step(factors(LLAMA, arguments.rank, moved=False), **{implementation: True})
-            pretend.waits.clear()
-            both = count_step(factors(LLAMA, arguments.rank, moved=True), **{implementation: True})
-            FACTORS.clear()
-            lines.append(
-                f"| {implementation} | {alone.kernels} | {alone.bytes / 2**30:.2f} | {both.kernels - alone.kernels} "
-                f"| {(both.bytes - alone.bytes) / 2**30:.2f} | {(both.seconds - alone.seconds) * 1e3:.2f} "
-                f"| {len(pretend.waits)} |"
-            )
     publish(lines, arguments.out)
 
 

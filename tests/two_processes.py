@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed, multiprocessing, nn
 
 from beyondlora.adapters import StellaAdapter
 from beyondlora.manifold import distance_to_stiefel
@@ -71,6 +71,13 @@ def join(rank: int, port: int) -> None:
     address = f"tcp://127.0.0.1:{port}"
     # A call that one process leaves out is an error after some minutes, and no test that never ends.
     distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2, timeout=timedelta(minutes=4))
+
+
+def both(worker: Callable[[int, int, Path], None], folder: Path) -> tuple[dict[Any, Any], dict[Any, Any]]:
+    """What came out of the worker in each of two processes."""
+    multiprocessing.spawn(worker, (free_port(), folder), nprocs=2)
+    first, second = (torch.load(folder / f"{rank}.pt") for rank in range(2))
+    return first, second
 
 
 def leave(found: Any, path: Path) -> NoReturn:

@@ -14,11 +14,11 @@ import torch
 from methods import METHODS, Method
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils.other import fsdp_auto_wrap_policy
-from torch import multiprocessing, nn
+from torch import nn
 from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, ShardingStrategy, StateDictType
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
-from two_processes import Skipping, Weights, assert_close, free_port, join, leave
+from two_processes import Skipping, Weights, assert_close, both, join, leave
 
 from beyondlora.manifold import StiefelLinear, distance_to_stiefel
 from beyondlora.manifold.guard import check_manifold, check_state
@@ -158,10 +158,7 @@ def moved(model: FullyShardedDataParallel, optimizer: torch.optim.Optimizer, ran
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[Any, Any], dict[Any, Any]]:
-    place = tmp_path_factory.mktemp("fsdp1")
-    multiprocessing.spawn(worker, (free_port(), place), nprocs=2)
-    first, second = (torch.load(place / f"{rank}.pt") for rank in range(2))
-    return first, second
+    return both(worker, tmp_path_factory.mktemp("fsdp1"))
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import distributed, multiprocessing, nn
+from torch import distributed, nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -30,6 +30,7 @@ from two_processes import (
     alone,
     assert_close,
     assert_orthonormal,
+    both,
     free_port,
     join,
     leave,
@@ -154,20 +155,18 @@ def load(net: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the two processes left what they found."""
+    """Where one process has left a checkpoint, and two leave theirs."""
     place = tmp_path_factory.mktemp("two")
     net = model(torch.float64)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         save(net, train(net, adamw(net), range(10)), place / "of-one")
-    multiprocessing.spawn(worker, (free_port(), place), nprocs=2)
     return place
 
 
 @pytest.fixture(scope="module")
 def found(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    first, second = (torch.load(folder / f"{rank}.pt") for rank in (0, 1))
-    return first, second
+    return both(worker, folder)
 
 
 def test_under_ddp_both_hold_the_same_bits_after_fifty_steps_and_what_one_process_holds(found: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, distributed, multiprocessing, nn
+from torch import Tensor, distributed, nn
 from two_processes import (
     ROWS,
     Skipping,
@@ -19,7 +19,7 @@ from two_processes import (
     alone,
     assert_close,
     assert_orthonormal,
-    free_port,
+    both,
     join,
     leave,
     model,
@@ -217,10 +217,7 @@ def half_precision(rank: int) -> tuple[list[str], list[str], float, float]:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any]]:
-    place = tmp_path_factory.mktemp("zero")
-    multiprocessing.spawn(worker, (free_port(), place), nprocs=WORLD)
-    first, second = (torch.load(place / f"{rank}.pt") for rank in range(WORLD))
-    return first, second
+    return both(worker, tmp_path_factory.mktemp("zero"))
 
 
 @pytest.mark.parametrize("stage", ["2", "3"])

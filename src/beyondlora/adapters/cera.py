@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from .adapter import Adapter, dropout_layer
-from .dropout import draw_mask
-from .fused import Hidden, has_hooks, is_dropping, is_nothing
+from .fused import Hidden, drawn, has_hooks, is_dropping, is_nothing
 from .products import masked
 from .reading import Reading
 
@@ -99,7 +98,7 @@ class CeraAdapter(Adapter):
         watched = has_hooks(self.core) or has_hooks(self.activation)
         if watched or not (is_dropping(self.dropout) or is_nothing(self.dropout)):
             return None
-        mask, share = draw_mask(z_TR, self.dropout.p) if is_dropping(self.dropout) else (None, 1.0)
+        mask, share, _ = drawn(self.dropout, z_TR)
 
         def hidden(z_TR: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
             return masked(self.activation(z_TR), mask, share)

@@ -7,7 +7,7 @@ export, which always look.
 
 import warnings
 import weakref
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -17,14 +17,12 @@ from torch.optim import Optimizer
 
 from .linear import PRECISE, StiefelLinear, is_cut_by_fsdp, is_cut_by_zero, live_stiefel_layers, weight_of
 from .moves import refused_steps
-from .pieces import may_be_stepped
+from .pieces import is_cut, may_be_stepped
 from .stiefel import distance_to_stiefel, polar_retraction
 
 ROUNDED = 5e-6  # what float32 leaves
 DRIFTED = 0.1  # beyond it, the nearest orthonormal matrix is a guess
 PATIENCE = 10  # steps with a gradient that no optimizer takes
-
-FSDP_WRAPPED = "_fsdp_wrapped_module"  # what FSDP1's wrapper calls the module inside it
 
 REFUSED = {  # part of a class's name -> why
     "LBFGS": "it evaluates the loss several times within one step, and every point but the first is off the manifold",
@@ -63,7 +61,7 @@ def _cannot(layer: StiefelLinear, why: str) -> str:
     )
 
 
-def refuse_strays(owned: list[StiefelLinear]) -> None:
+def refuse_strays(owned: Iterable[StiefelLinear]) -> None:
     """Raise a ValueError for a weight that an optimizer owns and that is a part of one, of which nobody knows which."""
     for layer in owned:
         if is_cut_by_fsdp(layer):
@@ -71,12 +69,12 @@ def refuse_strays(owned: list[StiefelLinear]) -> None:
 
 
 def _out_of_reach(layer: StiefelLinear) -> str | None:
-    if is_cut_by_zero(weight_of(layer)):
-        known = may_be_stepped(layer)
-        return None if known else "DeepSpeed steps it in partitions, and not by an optimizer of ZeRO 1, 2 or 3"
-    if is_cut_by_fsdp(layer):
-        known = may_be_stepped(layer)
-        return None if known else "FSDP1 steps it in pieces, and this torch does not say which"
+    if is_cut(layer):
+        if may_be_stepped(layer):
+            return None
+        if is_cut_by_zero(weight_of(layer)):
+            return "DeepSpeed steps it in partitions, and not by an optimizer of ZeRO 1, 2 or 3"
+        return "FSDP1 steps it in pieces, and this torch does not say which"
     if "weight" not in layer._parameters:
         return "its weight is made from other parameters (a parametrization), which are stepped"
     return None
@@ -135,11 +133,16 @@ def check_state(model: nn.Module, state: dict[str, Any]) -> None:
     """
     _say_what_was_refused()
     for name, module in model.named_modules():
-        saved = state.get(f"{name}.weight".replace(f"{FSDP_WRAPPED}.", ""))
+        saved = state.get(f"{unwrapped(name)}.weight")
         if not isinstance(module, StiefelLinear) or not isinstance(saved, Tensor) or isinstance(saved, DTensor):
             continue
         if saved.dtype in (torch.float32, torch.float64) and not saved.is_meta:
             _bring_back(module, module.tall(saved.detach()))
+
+
+def unwrapped(name: str) -> str:
+    """A module's name as keys of state dicts have it: without what FSDP1's wrapper calls the module inside it."""
+    return name.replace("_fsdp_wrapped_module.", "")
 
 
 def _say_what_was_refused() -> None:

@@ -9,14 +9,14 @@ optimizer that steps beside such weights.
 import gc
 import sys
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed
 from torch.optim import Optimizer
 
-from .linear import StiefelLinear, is_cut_by_fsdp, is_cut_by_zero, live_stiefel_layers, weight_of
+from .linear import StiefelLinear, is_cut_by_fsdp, is_cut_by_zero, weight_of
 
 LAYOUTS = {  # class of DeepSpeed's wrapper -> its weights group by group, and this process's vector of each group
     "DeepSpeedZeroOptimizer": ("bit16_groups", "single_partition_of_fp32_groups"),
@@ -48,12 +48,11 @@ class Piece(NamedTuple):
     is_cut: bool = True
 
 
-def pieces_of(optimizer: Optimizer) -> list[list[Piece]]:
-    """The pieces that an optimizer steps, those that one all-reduce can put together in a list.
+def pieces_of(optimizer: Optimizer, cut: Collection[StiefelLinear]) -> list[list[Piece]]:
+    """The pieces of factors that are cut that an optimizer steps; those that one all-reduce can gather in a list.
 
     In the same order in every process. ZeRO has its optimizer step one group of weights after the other.
     """
-    cut = [layer for layer in live_stiefel_layers() if is_cut(layer)]
     if not cut:
         return []
     _look_for_makers(optimizer)

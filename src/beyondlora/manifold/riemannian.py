@@ -37,7 +37,7 @@ from .guard import (
 )
 from .linear import StiefelLinear, live_stiefel_layers, weight_of
 from .moves import Move, plan
-from .pieces import Piece, pieces_of
+from .pieces import Piece, is_cut, pieces_of
 from .shards import plan_shards
 
 
@@ -108,12 +108,13 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
         running.depth += 1
         return
     _steps.pop(optimizer, None)  # of a step that raised
-    pieces = pieces_of(optimizer)
+    cut = {layer for layer in live_stiefel_layers() if is_cut(layer)}
+    pieces = pieces_of(optimizer, cut)
     inside = {piece.layer for together in pieces for piece in together}
     owned = [layer for layer in stiefel_layers_of(optimizer) if layer not in inside]
     if not owned and not pieces:
         refuse_out_of_reach(live_stiefel_layers())
-    refuse_strays(owned)
+    refuse_strays(layer for layer in owned if layer in cut)
     _unowned.watch(optimizer, owned, inside)
     layers = [layer for layer in owned if weight_of(layer).requires_grad]
     if not layers and not pieces:

@@ -61,9 +61,9 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     def add(self, name: str, adapter: Adapter, *, inference_mode: bool = False) -> None:
         """Put an adapter beside the base layer under a name (PEFT: `update_layer`)."""
         self.adapters[name] = adapter.train(self.training)
-        for letter, module in adapter.parts().items():
-            getattr(self, self.prefix + letter)[name] = module
-        self._called[name] = {self.prefix + letter: module for letter, module in adapter.parts().items()}
+        self._called[name] = {self.prefix + letter: part for letter, part in adapter.parts().items()}
+        for key, part in self._called[name].items():
+            getattr(self, key)[name] = part
         getattr(self, f"{self.prefix}dropout")[name] = adapter.dropout
         self._move_adapter_to_device_of_base_layer(name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)

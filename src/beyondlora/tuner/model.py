@@ -12,7 +12,7 @@ from peft.utils.other import get_pattern_key
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import nn
 
-from ..manifold.guard import FSDP_WRAPPED, check_manifold, check_state
+from ..manifold.guard import check_manifold, check_state, unwrapped
 from .base_layers import CONVOLUTIONS, is_supported, layer_problem, matrix_shape, reading_of
 from .combine import check_combination, combine, combined_config
 from .config import AdapterConfig, LayerSpec
@@ -143,13 +143,13 @@ class AdapterModel(BaseTuner):
         check_state(model, state_dict)
         chosen = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, *others, **more)
         # peft 0.21 looks for the names that modules have inside FSDP1's wrappers. A state dict does not show those.
-        unwrapped = {
-            f"{name}.{part}".replace(f"{FSDP_WRAPPED}.", "")
+        ours = {
+            f"{unwrapped(name)}.{part}"
             for name, module in model.named_modules()
-            if FSDP_WRAPPED in name and isinstance(module, AdapterLayer)
+            if isinstance(module, AdapterLayer) and unwrapped(name) != name
             for part in module.adapter_layer_names
         }
-        return chosen | {key: value for key, value in state_dict.items() if key.rsplit(".", 2)[0] in unwrapped}
+        return chosen | {key: value for key, value in state_dict.items() if key.rsplit(".", 2)[0] in ours}
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
