@@ -1,4 +1,4 @@
-# make demo | test | test-slow | test-oldest | test-newest | peft-suite | lint | format | clean.   PYTHON=python3.12 make test picks another interpreter.
+# make demo | test | test-slow | test-oldest | test-newest | peft-suite | gpu | lint | format | clean.   PYTHON=python3.12 make test picks another interpreter.
 PYTHON ?= python3
 WORKERS ?= 2
 VENV := .venv
@@ -7,7 +7,7 @@ BIN = $(VENV)/bin
 # One thread a worker, and waiting threads that sleep: on a busy machine spinning ones cost ten times the work.
 PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
 
-.PHONY: help demo test test-slow test-oldest test-newest peft-suite lint format clean
+.PHONY: help demo test test-slow test-oldest test-newest peft-suite gpu lint format clean
 help:
 	@sed -n '1s/^# //p' Makefile
 
@@ -47,6 +47,17 @@ test-oldest test-newest: test-%: .venv-%/.ready
 # PEFT's own tests for our methods; needs the package index.
 peft-suite: $(READY)
 	$(BIN)/python benchmarks/peft_suite/run.py
+
+# With a CUDA device: what only one can show, and what it takes there. Half an hour; the pages come beside the CPU's.
+RESULTS := docs/results
+gpu: TIME = $(BIN)/python benchmarks/$(1) --device cuda $(2) --out $(RESULTS)/$(3)-gpu.md
+gpu: $(READY)
+	$(BIN)/python -m pytest -m gpu
+	$(call TIME,riemannian_step.py,--layers 32 --share,riemannian-step)
+	$(call TIME,branch.py,--dtype bfloat16 --layers 4096x4096 4096x14336 --ranks 16 32 --tokens 4096,branch)
+	$(call TIME,model_step.py,--model 1b --dtype bfloat16 --rank 32 --tokens 4096 --length 1024,model-step)
+	$(call TIME,decode.py,--model 1b --dtype bfloat16 --rank 32 --rounds 9,decode)
+	$(call TIME,nonlinear_layer.py,--compiled,nonlinear-layer)
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -1,6 +1,6 @@
 """How long the spectrum of one layer takes, and how near it is to the SVD of the whole outputs.
 
-    python benchmarks/analyse.py --threads 2 --out docs/results/analyse-speed.md --date 2026-11-25
+    python benchmarks/analyse.py --threads 2 --out docs/results/analyse-speed.md
 
 First LLaMA3-8B's layer shapes at r = 512 with 16,384 tokens, in blocks of 2,048 as they come from a model: a linear
 adapter (the factor of R columns) and a nonlinear one (2R columns, which also gives the nonlinear share). The weights
@@ -11,13 +11,13 @@ process, CPU time, with our own way against itself as the noise of the measureme
 
 import argparse
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from side_by_side import machine
 from torch import Tensor
 
 from beyondlora.analyse.spectra import CentredQR, product_svd, unexplained_share
@@ -114,14 +114,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=21, help="of the small layer")
     parser.add_argument("--large-rounds", type=int, default=3, help="of each large layer")
     parser.add_argument("--out", type=Path, help="the Markdown file")
-    parser.add_argument("--date", default="", help="date to record")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    where = (
-        f"{arguments.date}, {os.cpu_count()} CPU cores ({platform.machine()}), {arguments.threads} torch threads, "
-        f"Python {platform.python_version()}, torch {torch.__version__}; load average at the start "
-        f"{os.getloadavg()[0]:.1f}."
-    )
+    where = f"{machine()}; load average at the start {os.getloadavg()[0]:.1f}."
     large = large_rows(arguments.large_rounds)
     torch.set_num_threads(1)
     small = small_rows(arguments.rounds)

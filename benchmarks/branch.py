@@ -1,24 +1,23 @@
 """One adapted linear layer, forward and backward: what LoRA costs, and what the three methods cost beside it.
 
-    python benchmarks/branch.py --rounds 21 --out docs/results/branch.md
+    python benchmarks/branch.py --out docs/results/branch.md
+    python benchmarks/branch.py --device cuda --dtype bfloat16 --layers 4096x4096 4096x14336 --ranks 16 32 --tokens 4096
 
-float32, or a bfloat16 layer with float32 adapters (--dtype bfloat16), as PEFT makes them; one thread, CPU time.
-Every contender does the same layer, rank and input. "base" is the frozen layer with the
-gradient of its input only: what no adapter can go below. A CUDA device, where there is one, is not used.
+float32, or a bfloat16 layer with float32 adapters (--dtype bfloat16), as PEFT makes them. A CPU has one thread, and its
+time is taken; on an accelerator bfloat16 runs under autocast. Every contender does the same layer, rank and input.
+"base" is the frozen layer with the gradient of its input only: what no adapter can go below.
 """
 
-import argparse
-from pathlib import Path
+import itertools
 from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from side_by_side import compare, machine, peak_bytes, publish
+from side_by_side import autocast, command, compare, machine, options, peak_bytes, publish
 from torch import nn
 
 from beyondlora import AuroraConfig, CeraConfig, StellaConfig
 
-SHAPES = [(768, 3072), (1024, 1024), (2048, 2048), (4096, 4096)]  # N → M
 METHODS: dict[str, Any] = {
     "LoRA": lambda r: LoraConfig(r=r, lora_alpha=r, target_modules=["0"], init_lora_weights=False),
     "LoRA again": lambda r: LoraConfig(r=r, lora_alpha=r, target_modules=["0"], init_lora_weights=False),
@@ -54,46 +53,55 @@ class Step:
 
     def __call__(self) -> None:
         """Once."""
-        self.model(self.x).backward(self.upstream)
+        with autocast(self.x.device, self.x.dtype):
+            y = self.model(self.x)
+        y.backward(self.upstream)
         self.x.grad = None
         self.model.zero_grad()
 
 
-def rows(inputs: int, outputs: int, rank: int, tokens: int, rounds: int, dtype: torch.dtype) -> list[str]:
+def rows(
+    inputs: int, outputs: int, rank: int, tokens: int, rounds: int, dtype: torch.dtype, device: torch.device
+) -> list[str]:
     """The table's lines for one shape."""
-    base = nn.Linear(inputs, outputs, bias=False, dtype=dtype).requires_grad_(False)
-    x = torch.randn(1, tokens, inputs, dtype=dtype, requires_grad=True)
-    upstream = torch.randn(1, tokens, outputs, dtype=dtype)
+    base = nn.Linear(inputs, outputs, bias=False, dtype=dtype, device=device).requires_grad_(False)
+    x = torch.randn(1, tokens, inputs, dtype=dtype, device=device, requires_grad=True)
+    upstream = torch.randn(1, tokens, outputs, dtype=dtype, device=device)
     steps = {method: Step(layer(method, base, rank), x, upstream) for method in METHODS}
-    peaks = {method: peak_bytes(step) for method, step in steps.items()}
-    ratios = compare(steps, "LoRA", rounds)
+    peaks = {method: peak_bytes(step, device) for method, step in steps.items()}
+    ratios = compare(steps, "LoRA", rounds, device, at_once=10)
     head = f"| {inputs}→{outputs} | {rank} | {tokens} |"
     lora, dropping = "LoRA", "LoRA+drop"
     return [
-        f"{head} {method} | {ratio} | {ratio.median / ratios[dropping].median:.2f} | {ratio.seconds * 1e3:.0f} | "
+        f"{head} {method} | {ratio} | {ratio.median / ratios[dropping].median:.2f} | {ratio.seconds * 1e3:.3g} | "
         f"{peaks[method] / peaks[lora]:.2f} | {peaks[method] / peaks[dropping]:.2f} | {peaks[method] / 2**20:.1f} |"
         for method, ratio in ratios.items()
     ]
 
 
+def shape(word: str) -> tuple[int, int]:
+    """A layer's widths N and M from "NxM"."""
+    inputs, outputs = map(int, word.split("x"))
+    return inputs, outputs
+
+
 def main() -> None:
     """Measure and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--widths", type=int, nargs="+", default=[768, 2048, 4096], help="which of the input widths")
+    parser = options(__doc__, rounds=21)
+    layers = [(768, 3072), (2048, 2048), (4096, 4096)]
+    parser.add_argument("--layers", type=shape, nargs="+", default=layers, help="widths: inputs x outputs")
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64])
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192])
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the frozen layer")
-    parser.add_argument("--out", type=Path, help="the Markdown file; default: standard output")
-    parser.add_argument("--date", default="", help="date to record")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    device, dtype = arguments.device, getattr(torch, arguments.dtype)
     lines = [
         "# One adapted linear layer, forward and backward",
         "",
-        f"`python benchmarks/branch.py`: {arguments.dtype}, {arguments.rounds} rounds, interleaved in one process.",
-        f"{arguments.date} {machine()}.",
+        f"`{command()}`: {arguments.dtype}, {arguments.rounds} rounds, interleaved in one process.",
+        f"{machine(device)}.",
         "",
         "Time is the median over the rounds of time / LoRA's time in the same round (quartiles); memory the peak of",
         "tensor bytes during the step beyond weights, input and upstream gradient.",
@@ -101,12 +109,9 @@ def main() -> None:
         "| layer | r | tokens | method | time / LoRA | / LoRA+drop | ms | memory / LoRA | / LoRA+drop | MiB |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for inputs, outputs in SHAPES:
-        for rank in arguments.ranks:
-            for tokens in arguments.tokens:
-                if inputs in arguments.widths:
-                    lines += rows(inputs, outputs, rank, tokens, arguments.rounds, getattr(torch, arguments.dtype))
-                    print(*lines[-len(METHODS) :], sep="\n", flush=True)
+    for widths, rank, tokens in itertools.product(arguments.layers, arguments.ranks, arguments.tokens):
+        lines += rows(*widths, rank, tokens, arguments.rounds, dtype, device)
+        print(*lines[-len(METHODS) :], sep="\n", flush=True)
     publish(lines, arguments.out)
 
 

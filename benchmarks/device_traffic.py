@@ -12,6 +12,7 @@ import argparse
 import math
 import sys
 from contextlib import nullcontext
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -157,13 +158,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--rank", type=int, default=32, help="AuroRA's is half of it")
     parser.add_argument("--out", type=Path, help="the Markdown file; default: standard output")
-    parser.add_argument("--date", default="", help="date to record")
     arguments = parser.parse_args()
     lines = [
         "# What a layer asks of a GPU: kernels and bytes, counted",
         "",
         f"`python benchmarks/device_traffic.py`: one linear layer, forward and backward, {arguments.tokens} tokens, "
-        f"r = {arguments.rank} (AuroRA {arguments.rank // 2}). {arguments.date} torch {torch.__version__}, "
+        f"r = {arguments.rank} (AuroRA {arguments.rank // 2}). {date.today()}, torch {torch.__version__}, "
         f"peft {peft.__version__}.",
         "",
         "**No GPU was at hand: nothing here is a time.** Operations are counted on a device that is written in Python",

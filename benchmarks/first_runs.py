@@ -13,6 +13,7 @@ import os
 import platform
 import subprocess
 import sys
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,6 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/first"), help="where the run folders go")
     parser.add_argument("--out", type=Path, help="the Markdown file; default: standard output")
     parser.add_argument("--recipes", nargs="+", default=RECIPES, choices=RECIPES)
-    parser.add_argument("--date", default="", help="date to record")
     arguments = parser.parse_args()
     lines = ["| recipe | method | r | learning rate | trainable parameters | evaluation | n | seconds |"]
     lines += ["|---|---|---|---|---|---|---|---|"]
@@ -97,7 +97,7 @@ def main() -> None:
             result = run(name, method, arguments.runs)
             lines.append(row(name, method, result))
             commands.append(subprocess.list2cmdline(result["command"]))
-    head = ["# First runs", "", *(__doc__ or "").strip().splitlines()[4:], "", f"{arguments.date} {machine()}.".strip()]
+    head = ["# First runs", "", *(__doc__ or "").strip().splitlines()[4:], "", f"{date.today()}, {machine()}."]
     text = "\n".join([*head, "", *lines, "", "The command of each run:", "", "```text", *commands, "```", ""])
     if arguments.out:
         arguments.out.write_text(text, encoding="utf-8")

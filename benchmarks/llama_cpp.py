@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +151,7 @@ def head(blocks: int) -> list[str]:
         "`python benchmarks/llama_cpp.py`: stories260K fine-tuned on tinyshakespeare (configs/). llama.cpp's own",
         f"scripts converted base model and adapter, and it (llama-cpp-python {VERSION}) ran them, all in float32, on",
         f"{blocks} blocks of {WINDOW} tokens. Beside it the live adapter: this package's layers, not the export.",
-        f"{date.today()}, {machine()}.",
+        f"{machine()}.",
         "",
         "| model | largest gap of a logit | largest logit | same first token | perplexity, live | in llama.cpp |",
         "|---|---|---|---|---|---|",

@@ -1,26 +1,26 @@
 """One training step of a whole Llama, all seven linear layers of every block adapted: LoRA beside the three methods.
 
-    python benchmarks/model_step.py --rounds 21 --out docs/results/model-step.md
+    python benchmarks/model_step.py --out docs/results/model-step.md
     python benchmarks/model_step.py --checkpointing            # or --dtype bfloat16; --layers 2 for a quick look
+    python benchmarks/model_step.py --device cuda --model 1b --dtype bfloat16 --rank 32 --tokens 4096 --length 1024
 
 Forward, backward, AdamW with its hooks (StelLA's Riemannian step among them), gradients freed; random weights, random
-tokens, one thread, CPU time. "base" is the frozen model with gradients down to the embeddings' output and no optimizer.
-CeRA has its bottleneck dropout (0.1); "+drop" is a dropout of 0.05 on the input.
+tokens. A CPU has one thread, and its time is taken; on an accelerator bfloat16 runs under autocast. "base" is the
+frozen model with gradients down to the embeddings' output and no optimizer. CeRA has its bottleneck dropout (0.1);
+"+drop" is a dropout of 0.05 on the input.
 """
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
+from llamas import SIZES, llama
 from peft import LoraConfig, get_peft_model
-from side_by_side import compare, machine, peak_bytes, publish
+from side_by_side import autocast, command, compare, machine, options, peak_bytes, publish
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from beyondlora import AuroraConfig, CeraConfig, StellaConfig
 
-VOCABULARY = 1000
 METHODS: dict[str, Any] = {
     "LoRA": lambda **kw: LoraConfig(lora_alpha=8, **kw),
     "LoRA again": lambda **kw: LoraConfig(lora_alpha=8, **kw),
@@ -38,16 +38,8 @@ class Step:
     """A model of one method, and one training step of it."""
 
     def __init__(self, method: str, arguments: argparse.Namespace) -> None:
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=512,
-            intermediate_size=1376,
-            num_hidden_layers=arguments.layers,
-            num_attention_heads=8,
-            num_key_value_heads=8,
-        )
-        model: Any = LlamaForCausalLM(config).to(getattr(torch, arguments.dtype)).requires_grad_(False)
+        self.dtype: torch.dtype = getattr(torch, arguments.dtype)
+        model = llama(arguments.model, arguments.layers, self.dtype, arguments.device)
         make = METHODS[method]
         if make is not None:
             model = get_peft_model(model, make(r=arguments.rank, target_modules="all-linear", task_type="CAUSAL_LM"))
@@ -57,11 +49,14 @@ class Step:
         self.model: nn.Module = model.train()
         weights = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(weights, lr=1e-4) if weights else None
-        self.tokens = torch.randint(VOCABULARY, (arguments.tokens // arguments.length, arguments.length))
+        rows = arguments.tokens // arguments.length
+        self.tokens = torch.randint(model.config.vocab_size, (rows, arguments.length)).to(arguments.device)
 
     def __call__(self) -> None:
         """Once."""
-        self.model(input_ids=self.tokens, labels=self.tokens, use_cache=False).loss.backward()
+        with autocast(self.tokens.device, self.dtype):
+            loss = self.model(input_ids=self.tokens, labels=self.tokens, use_cache=False).loss
+        loss.backward()
         if self.optimizer is not None:
             self.optimizer.step()
             self.optimizer.zero_grad()
@@ -69,28 +64,25 @@ class Step:
 
 def main() -> None:
     """Measure and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--layers", type=int, default=8)
+    parser = options(__doc__, rounds=21)
+    parser.add_argument("--model", choices=list(SIZES), default="small")
+    parser.add_argument("--layers", type=int, help="default: the model's")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--length", type=int, default=512, help="of one sequence")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--checkpointing", action="store_true")
-    parser.add_argument("--out", type=Path, help="the Markdown file; default: standard output only")
-    parser.add_argument("--date", default="", help="date to record")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     steps = {method: Step(method, arguments) for method in METHODS}
-    peaks = {method: peak_bytes(step) for method, step in steps.items()}
-    ratios = compare(steps, "LoRA", arguments.rounds)
-    shown = {key: value for key, value in vars(arguments).items() if key not in ("out", "date")}
+    peaks = {method: peak_bytes(step, arguments.device) for method, step in steps.items()}
+    ratios = compare(steps, "LoRA", arguments.rounds, arguments.device)
     lora, dropping = "LoRA", "LoRA+drop"
     lines = [
         "# A training step of a whole Llama",
         "",
-        f"`python benchmarks/model_step.py`, {', '.join(f'{key} {value}' for key, value in shown.items())}.",
-        f"{arguments.date} {machine()}.",
+        f"`{command()}`: {arguments.rounds} rounds, {arguments.tokens} tokens, r = {arguments.rank}.",
+        f"{machine(arguments.device)}.",
         "",
         "Time is the median over the rounds of time / LoRA's time in the same round (quartiles); memory the peak of",
         "tensor bytes during the step beyond weights and optimizer state.",
@@ -99,7 +91,7 @@ def main() -> None:
         "|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {method} | {ratio} | {ratio.median / ratios[dropping].median:.2f} | {ratio.seconds * 1e3:.0f} | "
+        f"| {method} | {ratio} | {ratio.median / ratios[dropping].median:.2f} | {ratio.seconds * 1e3:.4g} | "
         f"{peaks[method] / peaks[lora]:.2f} | {peaks[method] / peaks[dropping]:.2f} | {peaks[method] / 2**20:.0f} |"
         for method, ratio in ratios.items()
     ]

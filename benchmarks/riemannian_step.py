@@ -1,41 +1,45 @@
 """What StelLA's step costs: ours, the authors' algorithm, and AdamW on the same factors, interleaved in one process.
 
     python benchmarks/riemannian_step.py [--rank 32] [--layers 4] [--threads 1] [--rounds 21] [--share]
+    python benchmarks/riemannian_step.py --device cuda --layers 32 --share
 
 The factors are those of LLaMA3-8B with q, k, v, up and down projections adapted, stored as StelLA stores them: U tall,
 Vᵀ wide; ten a layer of the model. float32. The reference is the authors' algorithm as their paper and METHODS of this
 project describe it: factors of one shape are stacked, and the polar factor is a batched SVD. Ours is what a user's
 optimizer runs, hooks and guard and all; neither side's figure holds the optimizer's own step. A/A is the reference
 against itself; memory is the most that is held beside the factors and their gradients, in bytes of the factors. With
---share the linear layers of one model layer go forward and backward on 2,048 tokens.
+--share the linear layers of one model layer go forward and backward on 2,048 tokens: in float32, on an accelerator in
+bfloat16 under autocast. There every figure is the clock's, from an idle device to an idle device.
 """
 
-import argparse
+import functools
 import itertools
 import statistics
 from collections.abc import Callable
 
 import torch
-from side_by_side import compare, machine, peak_bytes, seconds
+from side_by_side import autocast, compare, machine, options, peak_bytes, publish, seconds
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from beyondlora.manifold import StiefelLinear
+from beyondlora.manifold import StiefelLinear, riemannian
 
 SIZES = {"q": (4096, 4096), "k": (4096, 1024), "v": (4096, 1024), "up": (4096, 14336), "down": (14336, 4096)}  # N, M
 TOKENS = 2048
 
 
-def factors(rank: int) -> list[StiefelLinear]:
+def factors(rank: int, device: torch.device) -> list[StiefelLinear]:
     """U and Vᵀ of one layer's projections, gradient scaling on."""
-    pairs = [(StiefelLinear(rank, M), StiefelLinear(N, rank)) for N, M in SIZES.values()]
+    make = functools.partial(StiefelLinear, device=device)
+    pairs = [(make(rank, M), make(N, rank)) for N, M in SIZES.values()]
     for factor in itertools.chain.from_iterable(pairs):
         factor.step_scale = (4096 / max(factor.weight.shape)) ** 0.5
     return list(itertools.chain.from_iterable(pairs))
 
 
-def model(rank: int, count: int) -> list[StiefelLinear]:
+def model(rank: int, count: int, device: torch.device) -> list[StiefelLinear]:
     """The factors of so many layers, with gradients."""
-    layers = [factor for _ in range(count) for factor in factors(rank)]
+    layers = [factor for _ in range(count) for factor in factors(rank, device)]
     for layer in layers:
         layer.weight.grad = torch.randn_like(layer.weight)
     return layers
@@ -70,7 +74,7 @@ class Authors:
                 U, _, Vh = torch.linalg.svd(Z, full_matrices=False, driver="gesvda" if Z.is_cuda else None)
             except torch.linalg.LinAlgError:  # singular values that are all 1, but for rounding: LAPACK may give up
                 self.failures += 1
-                U, Vh = Z, torch.eye(Z.shape[-1]).expand(len(Z), -1, -1)
+                U, Vh = Z, torch.eye(Z.shape[-1], device=Z.device).expand(len(Z), -1, -1)
             for layer, new in zip(group, U @ Vh, strict=True):
                 layer.orthonormal.copy_(new)
 
@@ -82,14 +86,15 @@ class Update(torch.optim.Optimizer):
         super().__init__([layer.weight for layer in layers], {})
         self.weights = [layer.weight for layer in layers]
         self.update = [5e-4 * torch.randn_like(weight).sign() for weight in self.weights]
+        self.device = layers[0].weight.device
         self.begins = self.ends = 0.0
 
     @torch.no_grad()
     def step(self) -> None:
         """Once."""
-        self.begins = seconds()
+        self.begins = seconds(self.device)
         torch._foreach_add_(self.weights, self.update)
-        self.ends = seconds()
+        self.ends = seconds(self.device)
 
 
 def ours(layers: list[StiefelLinear], optimizer: Update) -> Callable[[], float]:
@@ -97,9 +102,9 @@ def ours(layers: list[StiefelLinear], optimizer: Update) -> Callable[[], float]:
 
     def step() -> float:
         fresh_gradients(layers)
-        start = seconds()
+        start = seconds(optimizer.device)
         optimizer.step()
-        end = seconds()
+        end = seconds(optimizer.device)
         return optimizer.begins - start + end - optimizer.ends
 
     return step
@@ -107,17 +112,18 @@ def ours(layers: list[StiefelLinear], optimizer: Update) -> Callable[[], float]:
 
 def reference(authors: Authors, layers: list[StiefelLinear], update: list[Tensor]) -> Callable[[], float]:
     """The authors' step around the same update."""
+    device = layers[0].weight.device
 
     @torch.no_grad()
     def step() -> float:
         fresh_gradients(layers)
-        start = seconds()
+        start = seconds(device)
         authors.before()
-        middle = seconds()
+        middle = seconds(device)
         torch._foreach_add_([layer.weight for layer in layers], update)
-        begins = seconds()
+        begins = seconds(device)
         authors.after()
-        return middle - start + seconds() - begins
+        return middle - start + seconds(device) - begins
 
     return step
 
@@ -130,9 +136,9 @@ def adamw(layers: list[StiefelLinear]) -> Callable[[], float]:
     optimizer = torch.optim.AdamW(twins, foreach=True)
 
     def step() -> float:
-        start = seconds()
+        start = seconds(twins[0].device)
         optimizer.step()
-        return seconds() - start
+        return seconds(twins[0].device) - start
 
     return step
 
@@ -143,71 +149,79 @@ def fresh_gradients(layers: list[StiefelLinear]) -> None:
         layer.weight.grad.normal_()
 
 
-def share(rank: int, per_layer: float) -> float:
+def share(rank: int, per_layer: float, device: torch.device) -> float:
     """The step's part of a training step: forward and backward of one layer's adapted projections on 2,048 tokens."""
-    step = iter(factors(rank))
+    step = iter(factors(rank, device))
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     times = []
     for N, M in SIZES.values():
         U, V = next(step), next(step)
-        base = nn.Linear(N, M, bias=False).requires_grad_(False)
-        x = torch.randn(TOKENS, N, requires_grad=True)
+        base = nn.Linear(N, M, bias=False, device=device, dtype=dtype).requires_grad_(False)
+        x = torch.randn(TOKENS, N, device=device, dtype=dtype, requires_grad=True)
         for _ in range(2):
-            start = seconds()
-            (base(x) + U(V(x))).sum().backward()
-            spent = seconds() - start
+            start = seconds(device)
+            with autocast(device, dtype):
+                y = base(x) + U(V(x))
+            y.backward(torch.ones_like(y))
+            spent = seconds(device) - start
         times.append(spent)
     return per_layer / sum(times)
 
 
 def main() -> None:
     """Time and print one table row."""
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--rank", type=int, default=32)
-    options.add_argument("--layers", type=int, default=4, help="layers of the model; the whole one has 32")
-    options.add_argument("--threads", type=int, default=1)
-    options.add_argument("--rounds", type=int, default=21)
-    options.add_argument("--share", action="store_true", help="time a training step of one layer too")
-    chosen = options.parse_args()
+    parser = options(__doc__, rounds=21)
+    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--layers", type=int, default=4, help="layers of the model; the whole one has 32")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--share", action="store_true", help="time a training step of one layer too")
+    chosen = parser.parse_args()
+    device: torch.device = chosen.device
     torch.set_num_threads(chosen.threads)
     torch.manual_seed(0)
-    layers, theirs = (
-        model(chosen.rank, chosen.layers) for _ in range(2)
-    )  # moved by others, ours would be checked anew
+    # Two sets: moved by others, ours would be checked anew.
+    layers, theirs = (model(chosen.rank, chosen.layers, device) for _ in range(2))
     optimizer = Update(layers)
     algorithm = Authors(theirs)
     authors, mine = reference(algorithm, theirs, optimizer.update), ours(layers, optimizer)
     contenders = {"authors": authors, "A/A": authors, "ours": mine, "AdamW": adamw(layers)}
-    result = compare(contenders, "ours", chosen.rounds)
-    noise = compare({"authors": authors, "A/A": authors}, "authors", chosen.rounds)["A/A"]
+    result = compare(contenders, "ours", chosen.rounds, device)
+    noise = compare({"authors": authors, "A/A": authors}, "authors", chosen.rounds, device)["A/A"]
     stored = sum(layer.weight.nbytes for layer in layers)
-    held = sum(value.nbytes for value in buffers(optimizer))
-    print(machine(), f"{chosen.rounds} rounds")
-    print("| factors | r | threads | authors, ms | ours, ms | authors / ours | A/A | ours / AdamW | memory |")
+    held = sum(storage.nbytes() for storage in buffers(optimizer))
+    peak, their_peak = peak_bytes(mine, device), peak_bytes(authors, device)
     cells = [
         len(layers),
         chosen.rank,
         chosen.threads,
-        f"{1e3 * result['authors'].seconds:.1f}",
-        f"{1e3 * result['ours'].seconds:.1f}",
+        f"{1e3 * result['authors'].seconds:.4g}",
+        f"{1e3 * result['ours'].seconds:.3g}",
         result["authors"],
         noise,
         f"{1 / result['AdamW'].median:.2f} ({1 / result['AdamW'].high:.2f}–{1 / result['AdamW'].low:.2f})",
-        f"{(held + peak_bytes(mine)) / stored:.2f} (authors {peak_bytes(authors) / stored:.2f})",
+        f"{(held + peak) / stored:.2f} (authors {their_peak / stored:.2f})",
     ]
-    print("| " + " | ".join(map(str, cells)) + " |")
+    lines = [
+        f"{machine(device)}, {chosen.rounds} rounds",
+        "",
+        "| factors | r | threads | authors, ms | ours, ms | authors / ours | A/A | ours / AdamW | memory |",
+        "|---|---|---|---|---|---|---|---|---|",
+        "| " + " | ".join(map(str, cells)) + " |",
+    ]
     if algorithm.failures:
-        print(f"The reference's SVD did not converge {algorithm.failures} times (a stack of one shape each time).")
+        lines += [f"The reference's SVD did not converge {algorithm.failures} times (a stack of one shape each time)."]
     if chosen.share:
-        part = statistics.median(share(chosen.rank, result["ours"].seconds / chosen.layers) for _ in range(3))
-        print(f"{part:.2%} of forward and backward of the adapted projections on {TOKENS} tokens")
+        parts = [share(chosen.rank, result["ours"].seconds / chosen.layers, device) for _ in range(3)]
+        spent = f"{statistics.median(parts):.2%} of forward and backward"
+        lines += [f"{spent} of the adapted projections on {TOKENS} tokens"]
+    publish(lines, chosen.out)
 
 
-def buffers(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+def buffers(optimizer: torch.optim.Optimizer) -> list[torch.UntypedStorage]:
     """What the step keeps between one call and the next, each storage once."""
-    from beyondlora.manifold import riemannian
-
-    kept = [tensor for move in riemannian._plans[optimizer].moves for tensor in (*move.before, move.scratch)]
-    return list({tensor.data_ptr(): tensor for tensor in kept}.values())
+    kept = [tree_leaves((move.before, move.scratch)) for move in riemannian._plans[optimizer].moves]
+    storages = [tensor.untyped_storage() for tensor in itertools.chain(*kept)]
+    return list({storage.data_ptr(): storage for storage in storages}.values())
 
 
 if __name__ == "__main__":

@@ -77,11 +77,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, required=True, help="the Markdown file; the figure lies beside it")
-    parser.add_argument("--date", default="", help="date to record")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     figure, panels = pyplot.subplots(2, len(AXES), figsize=(4 * len(AXES), 7), layout="constrained")
-    lines = ["# How cost grows", "", f"`python benchmarks/scaling.py`. {arguments.date} {machine()}.", ""]
+    lines = ["# How cost grows", "", f"`python benchmarks/scaling.py`. {machine()}.", ""]
     lines += ["![Time and peak memory](scaling.png)", "", "| axis | method | ms | MiB | exponent of time | of memory |"]
     lines += ["|---|---|---|---|---|---|"]
     for column, (axis, values) in enumerate(AXES.items()):

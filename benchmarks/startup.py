@@ -66,14 +66,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--out", type=Path, help="the Markdown file; default: standard output only")
-    parser.add_argument("--date", default="", help="date to record")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     times: dict[str, list[float]] = {name: [] for name in COMMANDS}
     for _ in range(arguments.rounds):
         for name, command in COMMANDS.items():
             times[name].append(cpu_seconds(command))
-    lines = ["# What starting costs", "", f"`python benchmarks/startup.py`. {arguments.date} {machine()}.", ""]
+    lines = ["# What starting costs", "", f"`python benchmarks/startup.py`. {machine()}.", ""]
     lines += ["| process | CPU seconds, median (least–most) |", "|---|---|"]
     for name, values in times.items():
         lines.append(f"| {name} | {statistics.median(values):.2f} ({min(values):.2f}–{max(values):.2f}) |")

@@ -145,6 +145,21 @@ class _Module(backend_registration._DummyBackendModule):
     def is_available(self) -> bool:
         return False
 
+    def synchronize(self) -> None:
+        waits.append("synchronize")
+
+    def get_device_name(self) -> str:
+        return NAME
+
+    def reset_peak_memory_stats(self) -> None:
+        pass
+
+    def memory_allocated(self) -> int:
+        return 0
+
+    def max_memory_allocated(self) -> int:
+        return 1  # nobody counts
+
 
 backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=_Module(), hook=_Hooks())
 _library = torch.library.Library("_", "IMPL")
