@@ -4,14 +4,15 @@ A frozen linear layer's output W0 x + b becomes W0 x + b + adapter(x). With an i
 Legend: T tokens (any leading dimensions), N inputs, M outputs, R rank.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .brief import call, is_brief
 from .fused import AddHidden, Hidden, add_up, base_and_down, dropped_linear, keeps_input_alone
 from .reading import Reading
-
-FEW = 2**15  # entries that take less time to write twice than to look whether once is enough
 
 
 class Adapter(nn.Module):
@@ -51,6 +52,14 @@ class Adapter(nn.Module):
         """R, the width of the bottleneck."""
         return self.down.out_features
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the down-projection's weight, and of the inputs that it wants."""
+        down: Any = self._modules["down"]
+        weight = down._parameters.get("weight")  # a wrapper may hold it elsewhere
+        found: torch.dtype = (down.weight if weight is None else weight).dtype
+        return found
+
     def parts(self) -> dict[str, nn.Module]:
         """The modules that hold the trainable weights, each in `.weight`, by the paper's letter."""
         return {"A": self.down, "B": self.up}
@@ -73,6 +82,11 @@ class Adapter(nn.Module):
     def hidden_fused(self, x_TN: Tensor) -> Tensor:
         """The same without a copy of x, dropout's mask drawn anew."""
         return self.core(dropped_linear(x_TN, self.down, self.input_dropout))
+
+    def hidden_briefly(self, x_TN: Tensor) -> Tensor:
+        """The same in as few calls as can be, beside a linear layer and without gradients."""
+        parts: Any = self._modules
+        return call(parts["core"], call(parts["down"], call(parts["dropout"], x_TN)))
 
     @property
     def input_dropout(self) -> nn.Module:
@@ -109,7 +123,8 @@ class Adapter(nn.Module):
 
     def add_briefly(self, y_TM: Tensor, x_TN: Tensor) -> Tensor:
         """The same in as few calls as can be, for a y that `is_brief`."""
-        return torch.add(y_TM, self.up(self.hidden(x_TN)), alpha=self.scaling)
+        up: Any = self._modules["up"]
+        return torch.add(y_TM, call(up, self.hidden_briefly(x_TN)), alpha=self.scaling)
 
     def hidden_again(self, z_TR: Tensor) -> tuple[Hidden, *tuple[Tensor, ...]] | None:
         """The core as a function of z (..., R) and of tensors, and these tensors: to be called again for the gradient.
@@ -180,11 +195,6 @@ class Adapter(nn.Module):
     def merge_warning(self) -> str | None:
         """In which way the merged layer differs from the trained one; None where it does not."""
         return None
-
-
-def is_brief(y_TM: Tensor) -> bool:
-    """Small and without gradients, as when a model writes word by word: looking what to fuse would cost more."""
-    return not torch.is_grad_enabled() and not torch.compiler.is_compiling() and y_TM.numel() < FEW
 
 
 def dropout_layer(probability: float) -> nn.Module:

@@ -7,6 +7,7 @@ Legend: T tokens, N inputs, M outputs, R rank, K = G + k basis functions.
 
 import math
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,22 +83,23 @@ class AdaptiveNonlinearLayer(nn.Module):
     @property
     def has_closed_form(self) -> bool:
         """Both terms, tanh and cubic: the paper's layer, on any grid, while nobody watches its parts being called."""
-        if self.H is None or self.spline is None or not isinstance(self.activation, nn.Tanh) or self.spline.order != 3:
+        parts: Any = self._modules  # `self.H` would search for it
+        activation, H, spline = map(parts.get, ("activation", "H", "spline"))
+        # The type itself: a wrapper around a part is another.
+        if type(H) is not nn.Linear or type(spline) not in SPLINES.values() or not isinstance(activation, nn.Tanh):
             return False
-        if type(self.H) is not nn.Linear or type(self.spline) not in SPLINES.values():  # but a wrapper around it
-            return False
-        return not any(map(has_hooks, (self.activation, self.H, self.spline)))
+        return bool(spline.order == 3) and not (has_hooks(activation) or has_hooks(H) or has_hooks(spline))
 
     def closed_form(self, z_TR: Tensor) -> Tensor:
         """The same as `by_definition` in one step that keeps z alone."""
-        H_RR, W_RK = self.H.weight, self.spline.weight  # type: ignore[union-attr]
-        dtype = torch.promote_types(z_TR.dtype, torch.float32)
-        low, high = self.spline.grid_range  # type: ignore[union-attr]
-        spacing = (high - low) / self.spline.grid_size  # type: ignore[union-attr]
-        grid = UniformGrid(low, spacing, self.spline.grid_size, isinstance(self.spline, PooledSpline))  # type: ignore[union-attr]
+        parts: Any = self._modules
+        H, spline = parts["H"], parts["spline"]
+        (low, high), intervals = spline.grid_range, spline.grid_size
+        grid = UniformGrid(low, (high - low) / intervals, intervals, isinstance(spline, PooledSpline))
+        dtype = z_TR.dtype if z_TR.dtype == torch.float64 else torch.float32
         device = z_TR.device.type
         with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
-            y_TR = adaptive_cubic(flat(z_TR).to(dtype), H_RR.to(dtype), W_RK.to(dtype), grid)
+            y_TR = adaptive_cubic(flat(z_TR).to(dtype), H.weight.to(dtype), spline.weight.to(dtype), grid)
         return y_TR.view(z_TR.shape).to(z_TR.dtype)
 
     def by_definition(self, z_TR: Tensor) -> Tensor:
@@ -198,7 +200,7 @@ class StaticAuroraAdapter(AuroraAdapter):
         """σ(A) x, (..., R)."""
         return self.read(self.dropout(x_TN), self.static_down_weight())
 
-    hidden_fused = hidden
+    hidden_fused = hidden_briefly = hidden
 
     def replace(self, part: nn.Module, by: nn.Module) -> None:
         """See `Adapter.replace`. Raises: ValueError for FSDP1's wrapper around one part."""

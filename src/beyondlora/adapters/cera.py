@@ -4,11 +4,13 @@ Legend: T tokens, N inputs, M outputs, R rank.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
 
 from .adapter import Adapter, dropout_layer
+from .brief import call, is_watched
 from .fused import Hidden, drawn, has_hooks, is_dropping, is_nothing
 from .products import masked
 from .reading import Reading
@@ -87,6 +89,14 @@ class CeraAdapter(Adapter):
     def hidden(self, x_TN: torch.Tensor) -> torch.Tensor:
         """D_p(act(A x)), (..., R): no dropout on x."""
         return self.core(self.read(x_TN))
+
+    def hidden_briefly(self, x_TN: torch.Tensor) -> torch.Tensor:
+        """See `Adapter.hidden_briefly`."""
+        parts: Any = self._modules
+        z_TR = call(parts["down"], x_TN)
+        if parts["dropout"].training or is_watched(parts["core"]):
+            return call(parts["core"], z_TR)
+        return call(parts["activation"], z_TR)
 
     @property
     def input_dropout(self) -> nn.Module:

@@ -97,7 +97,12 @@ class StiefelLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., N) to (..., M) in the dtype of x; for half-precision inputs a rounded copy of the factor."""
-        return F.linear(x, self.weight.to(x.dtype))
+        return self.product(x, self.weight)
+
+    @staticmethod
+    def product(x: Tensor, weight: Tensor) -> Tensor:
+        """`forward` with a weight (M, N)."""
+        return F.linear(x, weight.to(x.dtype))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         def keep_precision(tensor: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..adapters.adapter import Adapter, is_brief
+from ..adapters.adapter import Adapter
+from ..adapters.brief import call, is_brief
 from ..adapters.fused import has_hooks
 from .base_layers import as_matrix, as_weight, matrix_shape
 from .mixed_batch import check_rows, rows_by_adapter
@@ -90,27 +91,23 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             self.unmerge()
         if self.disable_adapters or self.merged:
             return self.base_layer(x, *args, **kwargs)
-        active = [] if adapter_names is not None else self._active()
-        result = self._base_and_first(active, x) if torch.is_grad_enabled() and not (args or kwargs) else None
+        if adapter_names is not None:
+            return self._add_by_row(self._base(x, args, kwargs), x, adapter_names)
+        active = self._active()
+        result = None if args or kwargs else self._base_and_first(active, x)
         if result is not None:
             active = active[1:]
         else:
-            result = self.base_layer(x, *args, **kwargs)
-        if self.quantization_backend is not None:
-            result = self.quantization_backend.maybe_clone_base_result(result)
-        if adapter_names is not None:
-            return self._add_by_row(result, x, adapter_names)
+            result = self._base(x, args, kwargs)
         dtype, brief = result.dtype, is_brief(result)
         ours = not brief and self._gives_its_output_away()
         for adapter in active:
-            if adapter.reading is None:
-                x_cast = self._cast_input_dtype(x, adapter.down.weight.dtype)
-                if brief:
-                    result = adapter.add_briefly(result, x_cast)
-                else:
-                    result = adapter.add_to(result, x_cast, overwrite=ours)
-            else:
+            if adapter.reading is not None:
                 result = result + self._branch(adapter, x)
+            elif brief:
+                result = adapter.add_briefly(result, self._cast_input_dtype(x, adapter.dtype))
+            else:
+                result = adapter.add_to(result, self._cast_input_dtype(x, adapter.dtype), overwrite=ours)
         return result if result.dtype == dtype else result.to(dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -177,11 +174,20 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         adapter = self.adapters[adapter_name]
         return adapter.reading is None and not (adapter.merge_refusal or adapter.merge_warning)
 
+    def _base(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """The base layer's output, whatever it is asked."""
+        if args or kwargs or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            result: Tensor = self.base_layer(x, *args, **kwargs)
+        else:
+            result = call(self.base_layer, x)
+        backend = self.quantization_backend
+        return result if backend is None else backend.maybe_clone_base_result(result)
+
     def _base_and_first(self, active: list[Adapter], x: Tensor) -> Tensor | None:
         """The base layer's output with the first adapter's branch in it, where both can be computed together."""
-        if not active or self.quantization_backend is not None:
+        if not torch.is_grad_enabled() or not active or self.quantization_backend is not None:
             return None
-        if not self.cast_input_dtype_enabled and x.dtype != active[0].down.weight.dtype:
+        if not self.cast_input_dtype_enabled and x.dtype != active[0].dtype:
             return None  # the caller wants no dtype but x's
         return active[0].beside(self.base_layer, x)
 
@@ -204,15 +210,23 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     def _branch(self, adapter: Adapter, x: Tensor) -> Tensor:
         if x.is_floating_point():  # and not an embedding's indices
-            x = self._cast_input_dtype(x, adapter.down.weight.dtype)
+            x = self._cast_input_dtype(x, adapter.dtype)
         branch = adapter(x)
         scale = self._get_embed_scale()  # of embeddings that scale what they have looked up
         return branch if scale is None else branch * scale.to(branch.dtype)
 
     def _add_by_row(self, result: Tensor, x: Tensor, names: list[str]) -> Tensor:
+        brief = is_brief(result)
         for name, rows in rows_by_adapter(names).items():
-            if name in self.adapters:
-                result[rows] += self._branch(self._adapter(name), x[rows]).to(result.dtype)
+            if name not in self.adapters:
+                continue
+            adapter, index = self._adapter(name), torch.tensor(rows, device=result.device)
+            mine, x_mine = result.index_select(0, index), x.index_select(0, index)
+            if brief and adapter.reading is None:
+                mine = adapter.add_briefly(mine, self._cast_input_dtype(x_mine, adapter.dtype))
+            else:
+                mine = mine + self._branch(adapter, x_mine)
+            result.index_copy_(0, index, mine.to(result.dtype))
         return result
 
     def extra_repr(self) -> str:
