@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import small_runs
@@ -446,11 +447,27 @@ def poison_gradient(model, step):
     weight.register_hook(lambda gradient: gradient * (float("inf") if next(batches) == step else 1))
 
 
-def test_fsdp_is_refused_before_anything_is_read(recipe, monkeypatch):
+@pytest.fixture
+def shards(monkeypatch):
+    """accelerate was asked for FSDP, on accelerators."""
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    monkeypatch.setattr("beyondlora.train.device", lambda: torch.device("cuda", 0))
+    monkeypatch.setattr("beyondlora.train.PartialState", lambda: SimpleNamespace(distributed_type="MULTI_GPU"))
+
+
+@pytest.mark.parametrize("version", [{}, {"FSDP_VERSION": "1"}])
+def test_the_first_fsdp_is_refused_before_anything_is_read(version, recipe, monkeypatch, shards):
+    for name, value in version.items():
+        monkeypatch.setenv(name, value)
     asked = recipe(dataset_name="/nowhere")
-    with pytest.raises(ValueError, match=r"asked for FSDP.*--zero_stage 3"):
+    with pytest.raises(ValueError, match=r"first version of FSDP.*--fsdp_version 2"):
+        train(asked)
+    assert not Path(asked.output_dir).exists()
+
+
+def test_the_base_models_loss_is_refused_in_shards_before_anything_is_read(recipe, monkeypatch, shards):
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    asked = recipe(dataset_name="/nowhere", forgetting_dataset_name="corpus.txt")
+    with pytest.raises(ValueError, match=r"forgetting_dataset_name='corpus.txt' asks .* under FSDP"):
         train(asked)
     assert not Path(asked.output_dir).exists()
 

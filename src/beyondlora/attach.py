@@ -215,7 +215,7 @@ def config_content(folder: Path) -> dict[str, Any]:
 
 def load_weights(model: Trained, folder: Path) -> None:
     """Load the tensors of a folder into a model of its form. Raises: FileNotFoundError, ValueError."""
-    with processes.whole((weight for weight in model.parameters() if weight.requires_grad), written=True):
+    with processes.writable(model):
         if isinstance(model, PeftModel):
             _load_adapter_weights(model, folder)
         else:
@@ -229,8 +229,9 @@ def _load_adapter_weights(model: PeftModel, folder: Path) -> None:
         found = load_peft_weights(str(folder), device="cpu")
     except Exception as error:  # safetensors and pickle raise types of their own
         raise ValueError(f"The weights in {folder} are damaged: {error}") from error
-    check_tensors(folder, get_peft_model_state_dict(model, save_embedding_layers=False), found)
-    set_peft_model_state_dict(model, found)
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    check_tensors(folder, expected, found)
+    set_peft_model_state_dict(model, processes.cut_like(found, expected))
 
 
 def with_weights(model: Trained, folder: Path) -> Trained:
@@ -268,9 +269,10 @@ def _load_model(model: transformers.PreTrainedModel, folder: Path) -> None:
         raise ValueError(
             f"The weights in {folder} do not belong to this model: {len(lacking)} missing ({lacking[0]}, ...)"
         )
-    with processes.whole(found.parameters()):
-        check_tensors(folder, model.state_dict(), found.state_dict())
-        model.load_state_dict(found.state_dict())
+    with processes.whole(found, trained=False):
+        expected = model.state_dict()
+        check_tensors(folder, expected, found.state_dict())
+        model.load_state_dict(processes.cut_like(found.state_dict(), expected))
 
 
 def check_tensors(folder: Path, expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> None:
@@ -293,10 +295,16 @@ def check_tensors(folder: Path, expected: dict[str, torch.Tensor], found: dict[s
 
 def save_trained(model: Trained, folder: Path, processor: Any) -> None:
     """Write an adapter folder in PEFT's format, or a model folder with its processor; atomically."""
-    with replacing(folder) as partial, quiet():
-        model.save_pretrained(str(partial))
+    with replacing(folder) as partial:
+        write_trained(model, partial, processor)
+
+
+def write_trained(model: Trained, folder: Path, processor: Any) -> None:
+    """The same, among what the folder holds already."""
+    with quiet():
+        model.save_pretrained(str(folder))
         if not isinstance(model, PeftModel):
-            processor.save_pretrained(str(partial))
+            processor.save_pretrained(str(folder))
 
 
 @contextmanager

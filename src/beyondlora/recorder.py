@@ -15,7 +15,7 @@ from torch.nn.utils import get_total_norm
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from . import processes
-from .attach import Trained, save_trained
+from .attach import Trained, save_trained, write_trained
 from .data import Splits
 from .figures import Examination
 from .interrupts import Interrupts
@@ -74,7 +74,7 @@ class Recorder(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Every batch of this step gave a finite loss: remember the weights that did, unless the gradient is not."""
         weights = {name: weight for name, weight in kwargs["model"].named_parameters() if weight.requires_grad}
-        gradients = [weight.grad for weight in weights.values() if weight.grad is not None]
+        gradients = [processes.part_here(weight.grad) for weight in weights.values() if weight.grad is not None]
         largest = get_total_norm(gradients, math.inf)  # an accelerator is waited for once, and not for every gradient
         if processes.anywhere(~largest.to(args.device).isfinite()):
             raise self._stop("the gradient became nan or infinite")
@@ -105,6 +105,10 @@ class Recorder(TrainerCallback):
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Seal the checkpoint, then promote its adapter if it is the best so far."""
+        if processes.has_shards(kwargs["model"]):  # which is all that the Trainer keeps then
+            with processes.whole(kwargs["model"]):
+                if self.main:
+                    write_trained(kwargs["model"], self.run.staged(state.global_step), self.processor)
         PartialState().wait_for_everyone()
         if self.main:
             self.run.keep_checkpoint(state.global_step)
@@ -123,7 +127,7 @@ class Recorder(TrainerCallback):
 
     def save(self, model: Trained, folder: Path) -> None:
         """Write what was trained, atomically; for all processes to call."""
-        with processes.whole(weight for weight in model.parameters() if weight.requires_grad):
+        with processes.whole(model):
             if self.main:
                 save_trained(model, folder, self.processor)
 

@@ -136,9 +136,13 @@ class RunFolder:
 
     # --- checkpoints ---------------------------------------------------------------------------------------------
 
+    def staged(self, step: int) -> Path:
+        """Where the Trainer has written a checkpoint that is not sealed yet."""
+        return self.staging / f"checkpoint-{step}"
+
     def keep_checkpoint(self, step: int) -> None:
         """Give the Trainer's staged checkpoint its final name, sealed with a manifest, and drop the oldest."""
-        staged, final = self.staging / f"checkpoint-{step}", self.checkpoints / f"checkpoint-{step}"
+        staged, final = self.staged(step), self.checkpoints / f"checkpoint-{step}"
         write_json(staged / MANIFEST, {name: _sha256(staged / name) for name in _files(staged)})
         if final.exists():  # a damaged one, which the resumed run has overtaken
             shutil.rmtree(final)

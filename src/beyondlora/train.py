@@ -8,12 +8,13 @@ that is reported or chosen by comes from measure.py, not from the Trainer's aver
 
 import dataclasses
 import json
+import os
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import DistributedType, parse_flag_from_env
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments, set_seed
 from transformers.integrations.deepspeed import deepspeed_init, is_deepspeed_zero3_enabled
 from transformers.trainer_callback import PrinterCallback
@@ -117,18 +118,19 @@ def train(
 
 def _check_launch(recipe: Recipe) -> None:
     """Refuse what cannot be done with weights that accelerate was asked to cut over the processes."""
-    # On a CPU accelerate answers this request with plain data parallel.
-    if parse_flag_from_env("ACCELERATE_USE_FSDP") and device().type != "cpu":
+    # accelerate answers this request with plain data parallel on CPUs, and with nothing for one process.
+    unheard = PartialState().distributed_type in (DistributedType.MULTI_CPU, DistributedType.NO)
+    shards = parse_flag_from_env("ACCELERATE_USE_FSDP") and not unheard
+    if shards and os.environ.get("FSDP_VERSION", "1") == "1":
         raise ValueError(
-            "accelerate was asked for FSDP, which cuts every weight over the processes, and a recipe's run has not "
-            "learned to save such weights. Launch it under DeepSpeed for that (accelerate launch --use_deepspeed "
-            "--zero_stage 3), or plainly data parallel; a Trainer script of your own may use FSDP2 (docs/devices.md)."
+            "accelerate was asked for the first version of FSDP, which flattens weights, and a recipe's run has not "
+            "learned to save such. Launch it with --fsdp_version 2 (or fsdp_version: 2 in accelerate's configuration)."
         )
-    if is_deepspeed_zero3_enabled() and recipe.forgetting_dataset_name:
+    if (shards or is_deepspeed_zero3_enabled()) and recipe.forgetting_dataset_name:
         raise ValueError(
             f"forgetting_dataset_name={recipe.forgetting_dataset_name!r} asks for the base model's loss before "
-            "training, and under ZeRO 3 no process has a model that it could call before the training begins. Leave it "
-            "out and measure with `beyondlora evaluate`, or launch under ZeRO 1 or 2."
+            f"training, and under {'FSDP' if shards else 'ZeRO 3'} no process has a model that it could call before "
+            "the training begins. Leave it out and measure with `beyondlora evaluate`, or launch data parallel."
         )
 
 
@@ -228,12 +230,14 @@ def _fit(
 
 def _place(model: Any, arguments: TrainingArguments) -> None:
     """Put a model where it would be trained."""
-    if not is_deepspeed_zero3_enabled():
-        model.to(arguments.device)
-        return
     trainer = Trainer(model, arguments)
-    deepspeed_init(trainer, num_training_steps=0, inference=True)
-    trainer.accelerator.prepare(model)  # from now on its layers put their weights together when they are called
+    if trainer.is_fsdp_enabled:
+        trainer.accelerator.prepare(model, trainer.create_optimizer())
+    elif is_deepspeed_zero3_enabled():
+        deepspeed_init(trainer, num_training_steps=0, inference=True)
+        trainer.accelerator.prepare(model)  # from now on its layers put their weights together when they are called
+    else:
+        model.to(arguments.device)
 
 
 # --- after training --------------------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ from two_processes import (
     train,
 )
 
+from beyondlora import processes
 from beyondlora.adapters import StellaAdapter
 from beyondlora.manifold import StiefelLinear, distance_to_stiefel
 
@@ -83,7 +84,41 @@ def worker(rank: int, port: int, folder: Path) -> None:
     found["poison"] = poisoned(net, optimizer, rank)
     found["skipped"] = poisoned(net, Skipping(net.parameters(), 0.1), rank)
     found["resumed"] = resumed(folder, rank)
+    found["whole"] = put_together()
     leave(found, folder / f"{rank}.pt")
+
+
+def put_together() -> dict[str, Any]:
+    """What `processes.whole` shows after a forward pass, which leaves the outermost module whole, and what stays."""
+    net = model()
+    net.append(nn.Linear(7, 7, bias=False)).append(nn.Linear(7, 7, bias=False))
+    net[-1].weight = net[-2].weight
+    net[0].up.weight.requires_grad_(False)
+    fully_shard(net)
+    with torch.no_grad():
+        net(torch.zeros(2, 12))
+    trained = [name for name, weight in net.named_parameters() if weight.requires_grad]
+    with processes.whole(net):
+        shown = {name: weight.clone() for name, weight in net.state_dict().items() if name in trained}
+        tied = net[-1].weight is net[-2].weight
+    with processes.whole(net, trained=False):
+        frozen = net[0].up.weight.detach().clone()
+    state = net.state_dict()
+    found = {
+        "shown": shown,
+        "tied": tied,
+        "frozen": frozen,
+        "shards": all(isinstance(v, DTensor) for v in state.values()),
+    }
+    doubled = {name: 2 * weight for name, weight in shown.items()}
+    net.load_state_dict(processes.cut_like(doubled, state), strict=False)
+    kept = {name: processes.part_here(weight).clone() for name, weight in net.named_parameters()}
+    for name, weight in net.named_parameters():
+        processes.put_back(weight, kept[name] + 1)
+    with processes.whole(net):
+        found["changed"] = {name: weight.detach().clone() for name, weight in net.named_parameters() if name in shown}
+    net(torch.zeros(2, 12)).sum().backward()  # it is called as before
+    return found
 
 
 def collectives(net: nn.Module, optimizer: torch.optim.Optimizer) -> str:
@@ -210,6 +245,18 @@ def test_a_nan_of_one_process_is_refused_by_both_and_the_factors_stay(found: Any
         assert "SGD made Stiefel factors nan or infinite" in message
         assert stayed
         assert process["skipped"] == ("", True)
+
+
+def test_shards_are_put_together_to_be_read_and_cut_again(found: Any) -> None:
+    net = model()
+    net.append(nn.Linear(7, 7, bias=False))
+    expected = {name: weight.detach() for name, weight in net.named_parameters() if name != "0.up.weight"}
+    for mine in (one["whole"] for one in found):
+        assert mine["tied"]
+        assert mine["shards"]
+        assert_close(mine["shown"], expected, atol=0)
+        torch.testing.assert_close(mine["frozen"], net[0].up.weight.detach(), rtol=0, atol=0)
+        assert_close(mine["changed"], {name: 2 * weight + 1 for name, weight in expected.items()}, atol=0)
 
 
 def test_checkpoints_go_from_one_process_to_two_and_from_two_to_one(folder: Path, found: Any) -> None:
