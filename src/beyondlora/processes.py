@@ -1,4 +1,4 @@
-"""Several processes on one job (accelerate, torchrun): who looks at which rows, and how each learns what all found.
+"""Several processes on one job (accelerate, torchrun): who looks at which rows, what all found, weights cut over them.
 
 With one process everything here is the identity. `torch.distributed` is asked, so whoever launched the processes.
 """
