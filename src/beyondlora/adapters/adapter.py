@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .brief import call, is_brief
-from .fused import AddHidden, Hidden, add_up, base_and_down, dropped_linear, keeps_input_alone
+from .brief import call, is_brief, weight_of
+from .fused import Beside, Middle, add_up, drawn, dropped_linear, has_hooks, operands
 from .reading import Reading
 
 
@@ -56,9 +56,7 @@ class Adapter(nn.Module):
     def dtype(self) -> torch.dtype:
         """Of the down-projection's weight, and of the inputs that it wants."""
         down: Any = self._modules["down"]
-        weight = down._parameters.get("weight")  # a wrapper may hold it elsewhere
-        found: torch.dtype = (down.weight if weight is None else weight).dtype
-        return found
+        return weight_of(down).dtype
 
     def parts(self) -> dict[str, nn.Module]:
         """The modules that hold the trainable weights, each in `.weight`, by the paper's letter."""
@@ -97,15 +95,14 @@ class Adapter(nn.Module):
         """base(x) + self(x) in one go where base is a frozen linear layer and gradients are wanted; otherwise None."""
         if self.reading is not None:
             return None
-        started = base_and_down(x_TN, base, self.down, self.input_dropout)
-        if started is None:
+        parts: Any = self._modules
+        dropout = self.input_dropout
+        found = operands(x_TN, base, parts["down"], parts["up"], dropout)
+        middle = None if found is None else self.middle()
+        if found is None or middle is None:
             return None
-        y_TM, z_TR = started
-        again = self.hidden_again(z_TR) if keeps_input_alone(y_TM, z_TR, self.up) else None
-        if again is None:
-            return add_up(y_TM, self.core(z_TR), self.up, self.scaling, overwrite=True)
-        hidden, *extra = again
-        return AddHidden.apply(y_TM, z_TR, self.up.weight, self.scaling, hidden, *extra)
+        y_TM: Tensor = Beside.apply(*found, self.scaling, drawn(dropout, found.x), middle, *middle.extra)
+        return y_TM
 
     def add_to(self, y_TM: Tensor, x_TN: Tensor, *, overwrite: bool = False) -> Tensor:
         """y + self(x), in fewer passes over memory (see `beyondlora.adapters.fused`).
@@ -126,13 +123,10 @@ class Adapter(nn.Module):
         up: Any = self._modules["up"]
         return torch.add(y_TM, call(up, self.hidden_briefly(x_TN)), alpha=self.scaling)
 
-    def hidden_again(self, z_TR: Tensor) -> tuple[Hidden, *tuple[Tensor, ...]] | None:
-        """The core as a function of z (..., R) and of tensors, and these tensors: to be called again for the gradient.
-
-        It draws nothing: what dropout drops is drawn here, and one of the tensors. None where the core is dear, does
-        nothing, or is watched by somebody.
-        """
-        return None
+    def middle(self) -> Middle | None:
+        """The core for `Beside`; None where its gradients are autograd's, or somebody watches it."""
+        core: Any = self._modules["core"]
+        return Middle() if type(core) is nn.Identity and not has_hooks(core) else None
 
     def read(self, x_TN: Tensor, weight_RN: Tensor | None = None) -> Tensor:
         """Down-project (..., N), or what `reading` says, to (..., R); with another weight if one is given."""

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter
+from .brief import weight_of
 from .bspline import SPLINES, PooledSpline
-from .cubic import UniformGrid, adaptive_cubic
-from .fused import has_hooks, is_eager
+from .cubic import UniformGrid, adaptive_cubic, all_gradients
+from .fused import Middle, has_hooks, is_eager
 from .products import flat
 from .reading import Reading
 
@@ -92,15 +93,18 @@ class AdaptiveNonlinearLayer(nn.Module):
 
     def closed_form(self, z_TR: Tensor) -> Tensor:
         """The same as `by_definition` in one step that keeps z alone."""
+        return in_closed_form(z_TR, *self.closed_form_weights(), self.grid())
+
+    def closed_form_weights(self) -> tuple[Tensor, Tensor]:
+        """H (R, R) and the splines' (R, K)."""
         parts: Any = self._modules
-        H, spline = parts["H"], parts["spline"]
+        return weight_of(parts["H"]), weight_of(parts["spline"])
+
+    def grid(self) -> UniformGrid:
+        """The splines'."""
+        spline: Any = self._modules["spline"]
         (low, high), intervals = spline.grid_range, spline.grid_size
-        grid = UniformGrid(low, (high - low) / intervals, intervals, isinstance(spline, PooledSpline))
-        dtype = z_TR.dtype if z_TR.dtype == torch.float64 else torch.float32
-        device = z_TR.device.type
-        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
-            y_TR = adaptive_cubic(flat(z_TR).to(dtype), H.weight.to(dtype), spline.weight.to(dtype), grid)
-        return y_TR.view(z_TR.shape).to(z_TR.dtype)
+        return UniformGrid(low, (high - low) / intervals, intervals, isinstance(spline, PooledSpline))
 
     def by_definition(self, z_TR: Tensor) -> Tensor:
         """σ(z), term by term."""
@@ -110,6 +114,38 @@ class AdaptiveNonlinearLayer(nn.Module):
         if self.spline is not None:
             terms.append(self.spline(z_TR))
         return terms[0] if len(terms) == 1 else terms[0] + terms[1]
+
+
+def in_closed_form(z_TR: Tensor, H_RR: Tensor, W_RK: Tensor, grid: UniformGrid) -> Tensor:
+    """tanh(H tanh(z)) plus cubic splines on a grid, (..., R), in float32 at least, whatever z is in."""
+    device, dtype = z_TR.device.type, _at_least_float32(z_TR)
+    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+        y_TR = adaptive_cubic(flat(z_TR).to(dtype), H_RR.to(dtype), W_RK.to(dtype), grid)
+    return y_TR.view(z_TR.shape).to(z_TR.dtype)
+
+
+class ClosedForm(Middle):
+    """σ(z), whose values take too long to be made twice."""
+
+    dear = True
+
+    def __init__(self, core: AdaptiveNonlinearLayer) -> None:
+        self.extra, self.grid = core.closed_form_weights(), core.grid()
+
+    def values(self, z_TR: Tensor, *extra: Tensor) -> Tensor:
+        """See `Middle.values`."""
+        return in_closed_form(z_TR, *extra, self.grid)  # type: ignore[call-arg, arg-type]
+
+    def gradients(self, dh_TR: Tensor, z_TR: Tensor, *extra: Tensor) -> tuple[Tensor, ...]:
+        """See `Middle.gradients`."""
+        dtype = _at_least_float32(z_TR)
+        dh_TR, rows_TR, H_RR, W_RK = (x.to(dtype) for x in (dh_TR, z_TR, *extra))
+        dz_TR, dH_RR, dW_RK = all_gradients(dh_TR, rows_TR, H_RR, W_RK, self.grid)
+        return dz_TR.to(z_TR.dtype), dH_RR, dW_RK
+
+
+def _at_least_float32(z_TR: Tensor) -> torch.dtype:
+    return z_TR.dtype if z_TR.dtype == torch.float64 else torch.float32
 
 
 class AuroraAdapter(Adapter):
@@ -163,6 +199,12 @@ class AuroraAdapter(Adapter):
             nn.init.zeros_(self.up.weight)
         else:
             nn.init.kaiming_uniform_(self.up.weight, a=math.sqrt(5))
+
+    def middle(self) -> Middle | None:
+        """See `Adapter.middle`."""
+        core: Any = self._modules["core"]
+        closed = core.has_closed_form and not has_hooks(core) and not weight_of(core.H).is_meta
+        return ClosedForm(core) if closed else None
 
     def parts(self) -> dict[str, nn.Module]:
         """A, B, H and the spline, as far as they exist."""

@@ -39,3 +39,10 @@ def is_watched(module: nn.Module) -> bool:
     if state["_forward_hooks"] or state["_forward_pre_hooks"] or state.get("_compiled_call_impl"):
         return True
     return "forward" in state or has_any_global_hook()  # the first is accelerate's way to move weights in and out
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """Its weight, which a wrapper may hold elsewhere than among the parameters: FSDP1 a view, while it computes."""
+    weight = module._parameters.get("weight")
+    found: Tensor = module.weight if weight is None else weight  # type: ignore[assignment]
+    return found

@@ -3,20 +3,64 @@
 Legend: T tokens, N inputs, M outputs, R rank.
 """
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .adapter import Adapter, dropout_layer
 from .brief import call, is_watched
-from .fused import Hidden, drawn, has_hooks, is_dropping, is_nothing
+from .dropout import draw
+from .fused import Middle, has_hooks, is_dropping, is_nothing
 from .products import masked
 from .reading import Reading
 
 NOTHING = nn.Identity()
+
+
+def silu_gradient(dh_TR: Tensor, z_TR: Tensor) -> Tensor:
+    """Of z, from that of z · sigmoid(z). torch's own kernel has no derivative."""
+    if not torch.is_grad_enabled():
+        gradient: Tensor = torch.ops.aten.silu_backward(dh_TR, z_TR)
+        return gradient
+    share_TR = z_TR.sigmoid()
+    return dh_TR * share_TR * (1 + z_TR * (1 - share_TR))
+
+
 ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "relu": nn.ReLU, "identity": nn.Identity}
+GRADIENTS: dict[type[nn.Module], Callable[[Tensor, Tensor], Tensor]] = {  # of act(z)'s, and of z
+    nn.SiLU: silu_gradient,
+    nn.ReLU: functools.partial(torch.ops.aten.threshold_backward, threshold=0),
+    nn.Identity: lambda dh_TR, z_TR: dh_TR,
+}
+
+
+class Activated(Middle):
+    """act(z), with dropout behind it if p > 0."""
+
+    def __init__(self, activation: nn.Module, p: float) -> None:
+        self.activation, self.gradient, self.p = activation.forward, GRADIENTS[type(activation)], p
+        self.share = 1.0  # of the entries that dropout keeps
+
+    def begin(self, z_TR: Tensor, *extra: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """See `Middle.begin`: draws which entries are dropped."""
+        h_TR = self.activation(z_TR)
+        if not self.p:
+            return h_TR, ()
+        mask, self.share, rest_TR = draw(h_TR, self.p)
+        kept_TR = masked(h_TR, mask, self.share) if rest_TR is None else rest_TR
+        return kept_TR, () if mask is None else (mask,)
+
+    def values(self, z_TR: Tensor, *extra: Tensor) -> Tensor:
+        """See `Middle.values`."""
+        return masked(self.activation(z_TR), extra[0] if extra else None, self.share)
+
+    def gradients(self, dh_TR: Tensor, z_TR: Tensor, *extra: Tensor) -> tuple[Tensor, ...]:
+        """See `Middle.gradients`."""
+        return (self.gradient(masked(dh_TR, extra[0] if extra else None, self.share), z_TR),)
 
 
 class Gate(nn.Module):
@@ -26,7 +70,7 @@ class Gate(nn.Module):
         super().__init__()
         self.activation, self.dropout = activation, dropout
 
-    def forward(self, z_TR: torch.Tensor) -> torch.Tensor:
+    def forward(self, z_TR: Tensor) -> Tensor:
         """Map (..., R) to (..., R)."""
         h_TR = self.activation(z_TR)
         return self.dropout(h_TR) if self.dropout.training else h_TR
@@ -86,11 +130,11 @@ class CeraAdapter(Adapter):
         else:
             nn.init.kaiming_uniform_(self.up.weight, a=math.sqrt(5))
 
-    def hidden(self, x_TN: torch.Tensor) -> torch.Tensor:
+    def hidden(self, x_TN: Tensor) -> Tensor:
         """D_p(act(A x)), (..., R): no dropout on x."""
         return self.core(self.read(x_TN))
 
-    def hidden_briefly(self, x_TN: torch.Tensor) -> torch.Tensor:
+    def hidden_briefly(self, x_TN: Tensor) -> Tensor:
         """See `Adapter.hidden_briefly`."""
         parts: Any = self._modules
         z_TR = call(parts["down"], x_TN)
@@ -103,24 +147,22 @@ class CeraAdapter(Adapter):
         """None: CeRA's is R wide, behind the activation."""
         return NOTHING
 
-    def hidden_again(self, z_TR: torch.Tensor) -> tuple[Hidden, *tuple[torch.Tensor, ...]] | None:
-        """See `Adapter.hidden_again`: act(z) without what dropout drops."""
-        watched = has_hooks(self.core) or has_hooks(self.activation)
-        if watched or not (is_dropping(self.dropout) or is_nothing(self.dropout)):
+    def middle(self) -> Middle | None:
+        """See `Adapter.middle`."""
+        parts: Any = self._modules
+        activation, dropout = parts["activation"], parts["dropout"]
+        if type(activation) not in GRADIENTS or has_hooks(parts["core"]) or has_hooks(activation):
             return None
-        mask, share, _ = drawn(self.dropout, z_TR)
+        if is_dropping(dropout):
+            return Activated(activation, dropout.p)
+        return Activated(activation, 0.0) if is_nothing(dropout) else None
 
-        def hidden(z_TR: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-            return masked(self.activation(z_TR), mask, share)
-
-        return (hidden,) if mask is None else (hidden, mask)
-
-    def static_down_weight(self) -> torch.Tensor:
+    def static_down_weight(self) -> Tensor:
         """act(A): what each column becomes; dropout is no part of it."""
         return self.activation(self.down.weight)
 
     @torch.no_grad()
-    def adopt(self, up_MK: torch.Tensor, down_KN: torch.Tensor) -> None:
+    def adopt(self, up_MK: Tensor, down_KN: Tensor) -> None:
         """Become up · down (identity activation only); where K > R = min(M, N), one factor is the identity."""
         if self.sum_refusal:
             raise ValueError(self.sum_refusal)

@@ -100,7 +100,7 @@ def adaptive_cubic(z_TR: Tensor, H_RR: Tensor, W_RK: Tensor, grid: UniformGrid) 
     if torch.is_grad_enabled():
         y_TR: Tensor = AdaptiveCubic.apply(z_TR, H_RR, W_RK, grid)
         return y_TR
-    return _all_values(z_TR, H_RR, W_RK, grid)
+    return all_values(z_TR, H_RR, W_RK, grid)
 
 
 class AdaptiveCubic(torch.autograd.Function):
@@ -111,22 +111,31 @@ class AdaptiveCubic(torch.autograd.Function):
         """Values; saves its inputs."""
         ctx.save_for_backward(z_TR, H_RR, W_RK)
         ctx.grid = grid
-        return _all_values(z_TR, H_RR, W_RK, grid)
+        return all_values(z_TR, H_RR, W_RK, grid)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients, from z again; written in differentiable operations, so they can be differentiated in turn."""
         z_TR, H_RR, W_RK = ctx.saved_tensors
-        dz, sums = list[Tensor](), list[Tensor]()
-        rows = _rows(z_TR)
-        for g_TR, part_TR in zip(gradients[0].split(rows), z_TR.split(rows), strict=True):
-            dz_TR, *more = _gradients(g_TR, part_TR, H_RR, W_RK, ctx.grid)
-            dz.append(dz_TR)
-            sums = [*map(torch.add, sums, more)] if sums else more  # at once: a large rank's H is larger than a piece
-        return dz[0] if len(dz) == 1 else torch.cat(dz), *(sums or map(torch.zeros_like, (H_RR, W_RK))), None
+        return *all_gradients(gradients[0], z_TR, H_RR, W_RK, ctx.grid), None
 
 
-def _all_values(z_TR: Tensor, H_RR: Tensor, W_RK: Tensor, grid: UniformGrid) -> Tensor:
+def all_gradients(
+    dy_TR: Tensor, z_TR: Tensor, H_RR: Tensor, W_RK: Tensor, grid: UniformGrid
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of z, H and W, from that of σ(z)."""
+    dz, sums = list[Tensor](), list[Tensor]()
+    rows = _rows(z_TR)
+    for g_TR, part_TR in zip(dy_TR.split(rows), z_TR.split(rows), strict=True):
+        dz_TR, *more = _gradients(g_TR, part_TR, H_RR, W_RK, grid)
+        dz.append(dz_TR)
+        sums = [*map(torch.add, sums, more)] if sums else more  # at once: a large rank's H is larger than a piece
+    dH_RR, dW_RK = sums or map(torch.zeros_like, (H_RR, W_RK))
+    return dz[0] if len(dz) == 1 else torch.cat(dz), dH_RR, dW_RK
+
+
+def all_values(z_TR: Tensor, H_RR: Tensor, W_RK: Tensor, grid: UniformGrid) -> Tensor:
+    """σ(z), a piece of z after the other."""
     rows = _rows(z_TR)
     if len(z_TR) <= rows:
         return _values(z_TR, H_RR, W_RK, grid)

@@ -1,10 +1,10 @@
 """Which entries dropout drops, of a layer's input or of a bottleneck: drawn with few random numbers, kept in few bytes.
 
-A mask is one of two tensors. On a CPU, for the small probabilities of fine-tuning: the positions (D,) of the entries
-dropped in x seen as one row, ascending, int32 where that suffices. The gaps between them are geometric, so p numbers an
-entry are drawn and not one. Elsewhere, where the number of entries dropped could not be known without waiting for the
-device: bool (T, N), what to keep. A GPU draws it in one kernel, which drops and scales as well; a CPU compares sixteen
-random bits an entry with a threshold.
+A mask is one of two tensors. On a CPU, for the small probabilities of fine-tuning and more than a few entries: the
+positions (D,) of the entries dropped in x seen as one row, ascending, int32 where that suffices. The gaps between them
+are geometric, so p numbers an entry are drawn and not one. Elsewhere, where the number of entries dropped could not be
+known without waiting for the device: bool (T, N), what to keep. A GPU draws it in one kernel, which drops and scales as
+well; a CPU compares sixteen random bits an entry with a threshold.
 
 Legend: T tokens (any leading dimensions), N inputs, D entries dropped.
 """
@@ -18,6 +18,7 @@ from torch import Tensor
 from .products import DROPPING, blocks, flat
 
 SMALL = 0.2  # up to which positions are drawn faster than bits, and held in fewer bytes
+FEW = 2**13  # entries up to which a number an entry is drawn faster than either
 
 
 class Drawn(NamedTuple):
@@ -51,9 +52,9 @@ def draw(x_TN: Tensor, p: float) -> Drawn:
 def draw_mask(like_TN: Tensor, p: float) -> tuple[Tensor, float]:
     """The mask and the share of `draw`, for an input like this one, where nothing is dropped on the way."""
     kind = like_TN.device.type
-    if kind == "cpu" and p <= SMALL:
+    if kind == "cpu" and p <= SMALL and like_TN.numel() > FEW:
         return dropped_positions(like_TN.numel(), p), 1 - p
-    if kind != "cpu":
+    if kind != "cpu" or like_TN.numel() <= FEW:
         return flat(torch.empty_like(like_TN, dtype=torch.float32).bernoulli_(1 - p)).bool(), 1 - p
     dropped = min(max(round(p * 2**16), 1), 2**16 - 1)
     return kept_entries(like_TN, dropped), 1 - dropped / 2**16

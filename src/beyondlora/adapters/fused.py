@@ -8,44 +8,75 @@ make two more; beside a bfloat16 layer, all of them in float32. Nothing here cha
 Legend: T tokens (any leading dimensions), N inputs, M outputs, R rank.
 """
 
-from collections.abc import Callable
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
-from torch.nn.modules import module as torch_module
 
 from ..manifold.linear import StiefelLinear
+from .brief import is_watched, weight_of
 from .dropout import Drawn, draw
 from .products import add_product_, flat, masked, narrow, read_twice, up_gradient, weight_gradient, widen_
 
 LINEAR = (nn.Linear.forward, StiefelLinear.forward)
-Hidden = Callable[..., Tensor]  # of z (T, R) and other tensors: what the up-projection sees, (T, R)
 
 
-def base_and_down(x_TN: Tensor, base: nn.Module, down: nn.Module, dropout: nn.Module) -> tuple[Tensor, Tensor] | None:
-    """base(x) and down(dropout(x)) at once, so that x gets one gradient and not two to be added.
+class Middle:
+    """What stands between the projections, as functions of z (T, R) and of tensors: here nothing does."""
 
-    Args:
-        x_TN: the layer's input.
-        base: the frozen layer.
-        down: the down-projection; float32 beside a bfloat16 layer is fine.
-        dropout: on the down-projection's input.
+    extra: tuple[Tensor, ...] = ()  # the weights that it has
+    dear = False  # whether its values are kept for the backward pass: what is R wide and kept is what an adapter costs
 
-    Returns: (T, M) in the base layer's dtype and (T, R) in the down-projection's; None where they must be called one by
-        one: another kind of layer, one that trains, a hook, a compiler, no gradients.
+    def begin(self, z_TR: Tensor, *extra: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """`values`, and what had to be drawn for them: the last arguments of the other two."""
+        return self.values(z_TR, *extra), ()
+
+    def values(self, z_TR: Tensor, *extra: Tensor) -> Tensor:
+        """What the up-projection sees, (T, R)."""
+        return z_TR
+
+    def gradients(self, dh_TR: Tensor, z_TR: Tensor, *extra: Tensor) -> tuple[Tensor, ...]:
+        """Of z and of each weight, from that of `values`, in operations that can be differentiated in turn."""
+        return (dh_TR,)
+
+
+class Operands(NamedTuple):
+    """The tensors of a frozen linear layer and of the projections beside it.
+
+    Attributes:
+        x: the layer's input (..., N), cast as autocast would.
+        base: W0 (M, N), in the dtype of x.
+        bias: b (M,).
+        down, up: A (R, N) and B (M, R), as they are.
+        dtype: in which these two are used, and in which is what is R wide: float32 beside a bfloat16 layer is fine.
     """
-    if not (torch.is_grad_enabled() and is_eager() and is_frozen_linear(base) and is_plain_linear(down)):
+
+    x: Tensor
+    base: Tensor
+    bias: Tensor | None
+    down: Tensor
+    up: Tensor
+    dtype: torch.dtype
+
+
+def operands(x_TN: Tensor, base: nn.Module, down: nn.Module, up: nn.Module, dropout: nn.Module) -> Operands | None:
+    """What `Beside` works on; None where base layer and branch must be called one by one.
+
+    That is: another kind of layer, one that trains, a hook, a compiler, no gradients.
+    """
+    if not (torch.is_grad_enabled() and is_eager() and is_frozen_linear(base)):
         return None
-    if not (is_dropping(dropout) or is_nothing(dropout)):
+    if not (is_plain_linear(down) and is_plain_linear(up) and (is_dropping(dropout) or is_nothing(dropout))):
         return None
-    biases: list[Tensor] = [] if base.bias is None else [base.bias]
-    x_TN, W_MN, A_RN, *biases = as_autocast(x_TN, x_TN, base.weight, down.weight, *biases)
-    if x_TN.dtype != W_MN.dtype or not widens(x_TN.dtype, A_RN.dtype):
+    x_TN, W_MN = as_autocast(x_TN, x_TN, weight_of(base))
+    A_RN, B_MR, b_M = weight_of(down), weight_of(up), base._parameters.get("bias")
+    lower = autocast_dtype(x_TN)
+    dtype = A_RN.dtype if lower is None or A_RN.dtype == torch.float64 else lower
+    if x_TN.dtype != W_MN.dtype or A_RN.dtype != B_MR.dtype or not widens(x_TN.dtype, dtype):
         return None
-    return BaseAndDown.apply(x_TN, W_MN, biases[0] if biases else None, A_RN, *drawn(dropout, x_TN))
+    return Operands(x_TN, W_MN, b_M if b_M is None else b_M.to(W_MN.dtype), A_RN, B_MR, dtype)
 
 
 def dropped_linear(x_TN: Tensor, down: nn.Module, dropout: nn.Module) -> Tensor:
@@ -61,13 +92,6 @@ def dropped_linear(x_TN: Tensor, down: nn.Module, dropout: nn.Module) -> Tensor:
     if torch.is_grad_enabled():
         return Down.apply(cast_TN, A_RN, *drop)
     return dropped_and_narrow(cast_TN, A_RN, drop)
-
-
-def keeps_input_alone(y_TM: Tensor, z_TR: Tensor, up: nn.Module) -> bool:
-    """Whether `AddHidden` can write y + s · up(hidden(z)) over y: gradients are wanted, and nobody can notice."""
-    if not (torch.is_grad_enabled() and is_eager() and is_plain_linear(up) and may_overwrite(y_TM)):
-        return False
-    return z_TR.dtype == up.weight.dtype and widens(y_TM.dtype, z_TR.dtype)
 
 
 def add_up(y_TM: Tensor, h_TR: Tensor, up: nn.Module, scaling: float, *, overwrite: bool = False) -> Tensor:
@@ -97,27 +121,57 @@ def add_up(y_TM: Tensor, h_TR: Tensor, up: nn.Module, scaling: float, *, overwri
     return torch.addmm(flat(y_TM), flat(h_TR), W_MR.mT, alpha=scaling).view(y_TM.shape)
 
 
-class BaseAndDown(torch.autograd.Function):
-    """x W0ᵀ + b and (x ∘ mask) Aᵀ / share. Saves x, the weights and the mask; x's gradient is one array."""
+class Beside(torch.autograd.Function):
+    """x W0ᵀ + b + s · middle((x ∘ mask) Aᵀ / share) Bᵀ: a layer and its branch in one. x's gradient is one array.
+
+    Saves x, the weights, the mask, and of what is R wide (x ∘ mask) Aᵀ / share alone, if the middle is not dear.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x_TN: Tensor, W_MN: Tensor, b_M: Tensor | None, A_RN: Tensor, *dropped: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Two products."""
-        drop = Drawn(*dropped)
-        ctx.save_for_backward(x_TN, W_MN, A_RN, drop.mask)
-        ctx.share = drop.share
-        return F.linear(x_TN, W_MN, b_M), dropped_and_narrow(x_TN, A_RN, drop)
+        ctx: Any,
+        x_TN: Tensor,
+        W_MN: Tensor,
+        b_M: Tensor | None,
+        A_RN: Tensor,
+        B_MR: Tensor,
+        dtype: torch.dtype,
+        scaling: float,
+        drop: Drawn,
+        middle: Middle,
+        *extra: Tensor,
+    ) -> Tensor:
+        """Two products, the middle, and a third product into the first's memory."""
+        A_low, B_low = (A_RN, B_MR) if A_RN.dtype == dtype else (A_RN.to(dtype), B_MR.to(dtype))
+        z_TR = dropped_and_narrow(flat(x_TN), A_low, drop)
+        h_TR, drawn = middle.begin(z_TR, *extra)
+        ctx.save_for_backward(x_TN, W_MN, A_RN, B_MR, drop.mask, z_TR, h_TR if middle.dear else None, *extra, *drawn)
+        ctx.low = A_low, B_low
+        ctx.scaling, ctx.share, ctx.middle = scaling, drop.share, middle
+        return add_product_(F.linear(x_TN, W_MN, b_M), h_TR, B_low, scaling)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """The base layer's part of x's gradient is added to the branch's."""
-        x_TN, W_MN, A_RN, mask = ctx.saved_tensors
-        g_TM, g_TR = gradients[0], over(ctx.share, gradients[1])
-        dx_TN = input_gradient(x_TN, g_TR, A_RN, mask, base=(g_TM, W_MN)) if ctx.needs_input_grad[0] else None
-        dA_RN = weight_gradient(g_TR, x_TN, mask) if ctx.needs_input_grad[3] else None
-        return dx_TN, None, None, dA_RN, None, None, None
+        """Narrow to wide, the base layer's part of x's gradient last; what is not kept is made again."""
+        x_TN, W_MN, A_RN, B_MR, mask, z_TR, h_TR, *extra = ctx.saved_tensors
+        (A_low, B_low), middle, share, rows_TN = ctx.low, ctx.middle, ctx.share, flat(x_TN)
+        if torch.is_grad_enabled():  # a second derivative: from what came in, with a graph
+            A_low, B_low = A_RN.to(z_TR.dtype), B_MR.to(z_TR.dtype)
+            z_TR, h_TR = dropped_and_narrow(rows_TN, A_low, Drawn(mask, share)), None
+        needs_x, _, _, needs_A, needs_B, _, _, _, _, *needs_extra = ctx.needs_input_grad
+        g_TM = flat(gradients[0])
+        wide_TM, dx_TN, dA_RN, dB_MR = read_twice(g_TM, B_low), None, None, None
+        d_extra: list[Tensor | None] = [None] * len(needs_extra)
+        if needs_B:
+            h_TR = middle.values(z_TR, *extra) if h_TR is None else h_TR
+            dB_MR = times(ctx.scaling, up_gradient(h_TR, wide_TM))
+        if needs_x or needs_A or any(needs_extra):
+            dh_TR = times(ctx.scaling, narrow(wide_TM, B_low.mT))
+            dz_TR, *d_extra = middle.gradients(dh_TR, z_TR, *extra)
+            dz_TR = over(share, dz_TR)
+            dA_RN = weight_gradient(dz_TR, rows_TN, mask) if needs_A else None
+            dx_TN = input_gradient(x_TN, dz_TR, A_low, mask, base=(g_TM, W_MN)) if needs_x else None
+        return dx_TN, None, None, dA_RN, dB_MR, None, None, None, None, *d_extra
 
 
 class Down(torch.autograd.Function):
@@ -165,50 +219,6 @@ class AddProduct(torch.autograd.Function):
         return gradients[0], dh_TR, dW_MR, None
 
 
-class AddHidden(torch.autograd.Function):
-    """y + s · hidden(z, *extra) Wᵀ in y's memory, for a `hidden` that is cheap and draws nothing. Saves z, W and extra.
-
-    hidden(z) itself is made again for the gradient: where R is large, what is R wide and kept is what an adapter costs.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        y_TM: Tensor,
-        z_TR: Tensor,
-        W_MR: Tensor,
-        scaling: float,
-        hidden: Hidden,
-        *extra: Tensor,
-    ) -> Tensor:
-        """See `AddProduct`."""
-        ctx.save_for_backward(z_TR, W_MR, *extra)
-        ctx.scaling, ctx.hidden = scaling, hidden
-        return add_product_(y_TM.detach(), hidden(z_TR, *extra), W_MR, scaling)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """hidden(z) once more, and its gradient by autograd, in the graph of a second derivative if there is one."""
-        z_TR, W_MR, *extra = ctx.saved_tensors
-        twice = torch.is_grad_enabled()
-        _, needs_z, needs_W, _, _, *needs_extra = ctx.needs_input_grad
-        needs = needs_z, *needs_extra
-        inputs = z_TR, *extra
-        if not twice:
-            inputs = tuple(x.detach().requires_grad_(needed) for x, needed in zip(inputs, needs, strict=True))
-        with torch.enable_grad():
-            h_TR = ctx.hidden(*inputs)
-        g_TM = read_twice(gradients[0], W_MR)
-        dW_MR = times(ctx.scaling, up_gradient(h_TR, g_TM)) if needs_W else None
-        wanted, found = [i for i, needed in enumerate(needs) if needed], dict[int, Tensor]()
-        if wanted:
-            dh_TR = times(ctx.scaling, narrow(g_TM, W_MR.mT))
-            made = torch.autograd.grad(h_TR, [inputs[i] for i in wanted], dh_TR, create_graph=twice)
-            found = dict(zip(wanted, made, strict=True))
-        dz_TR, *d_extra = map(found.get, range(len(needs)))
-        return gradients[0], dz_TR, dW_MR, None, None, *d_extra
-
-
 def over(share: float, x_TR: Tensor) -> Tensor:
     """x / share, and x itself for 1."""
     return x_TR if share == 1 else x_TR / share
@@ -221,11 +231,15 @@ def times(scaling: float, x_TR: Tensor) -> Tensor:
 
 def as_autocast(like: Tensor, *operands: Tensor) -> tuple[Tensor, ...]:
     """The operands of a product as autocast would cast them; themselves without autocast."""
+    lower = autocast_dtype(like)
+    return operands if lower is None else tuple(x if x.dtype == torch.float64 else x.to(lower) for x in operands)
+
+
+def autocast_dtype(like: Tensor) -> torch.dtype | None:
+    """What autocast casts operands to where `like` lies; None without autocast."""
     device = like.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):  # which knows no meta
-        return operands
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in operands)
+    at_work = device != "meta" and torch.is_autocast_enabled(device)  # which knows no meta
+    return torch.get_autocast_dtype(device) if at_work else None
 
 
 def input_gradient(
@@ -233,12 +247,13 @@ def input_gradient(
 ) -> Tensor:
     """(g A) ∘ mask, and beside a base layer (its output's gradient and W0) their product too: one array like x."""
     if torch.is_grad_enabled():
-        dx_TN = masked(g_TR @ A_RN, mask).to(x_TN.dtype)
-        return dx_TN if base is None else base[0] @ base[1] + dx_TN
+        dx_TN = masked(flat(g_TR) @ A_RN, mask).to(x_TN.dtype)
+        return (dx_TN if base is None else flat(base[0]) @ base[1] + dx_TN).view(x_TN.shape)
     dx_TN = x_TN.new_empty(x_TN.shape)  # `g @ W` may give a view, which autograd never adds to in place
-    widen_(dx_TN, g_TR, A_RN, mask)
+    rows_TN = flat(dx_TN)
+    widen_(rows_TN, flat(g_TR), A_RN, mask)
     if base is not None:  # last: the large product adds in float32 to what is there, whatever it is rounded to then
-        flat(dx_TN).addmm_(flat(base[0]), base[1])
+        rows_TN.addmm_(flat(base[0]), base[1])
     return dx_TN
 
 
@@ -250,22 +265,23 @@ def drawn(dropout: nn.Module, x_TN: Tensor) -> Drawn:
 def dropped_and_narrow(x_TN: Tensor, A_RN: Tensor, drop: Drawn) -> Tensor:
     """(x ∘ mask) Aᵀ / share."""
     if drop.rest is not None:
-        return narrow(drop.rest, A_RN)
+        return narrow(drop.rest.view(x_TN.shape), A_RN)
     return over(drop.share, narrow(x_TN, A_RN, drop.mask))
 
 
 def widens(dtype: torch.dtype, to: torch.dtype) -> bool:
     """Whether a sum of both dtypes is computed in the second."""
-    return torch.promote_types(dtype, to) == to
+    return dtype == to or torch.promote_types(dtype, to) == to
 
 
 def is_frozen_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     """A linear layer that does not train and that nobody watches, with plain tensors for weights."""
     if type(module).forward is not nn.Linear.forward or has_hooks(module):
         return False
-    # Not `parameters()`: while FSDP1 computes, a weight is a view beside them, of something that may be training.
-    weights: tuple[Any, ...] = (module.weight, module.bias)
-    return all(weight is None or (is_plain(weight) and not weight.requires_grad) for weight in weights)
+    weight, bias = weight_of(module), module._parameters.get("bias")
+    if bias is not None and (bias.requires_grad or not is_plain(bias)):
+        return False
+    return is_plain(weight) and not weight.requires_grad
 
 
 def is_nothing(module: nn.Module) -> bool:
@@ -281,7 +297,8 @@ def is_dropping(module: nn.Module) -> TypeGuard[nn.Dropout]:
 
 def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     """x Wᵀ and nothing else: no bias, no hook that would see the module called (FSDP's, a profiler's, a user's)."""
-    return type(module).forward in LINEAR and module.bias is None and not has_hooks(module)
+    bare = type(module).forward in LINEAR and module._parameters.get("bias") is None
+    return bare and not has_hooks(module)
 
 
 def is_plain(x: Tensor) -> bool:
@@ -291,9 +308,7 @@ def is_plain(x: Tensor) -> bool:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether anybody would notice that the module is not called, or holds what it returned."""
-    own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    replaced = "forward" in vars(module)  # accelerate's way to move weights in and out
-    return any(own) or replaced or torch_module._has_any_global_hook()
+    return bool(module._backward_hooks or module._backward_pre_hooks) or is_watched(module)
 
 
 def is_eager() -> bool:

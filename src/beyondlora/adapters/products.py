@@ -117,4 +117,4 @@ def blocks(x_TN: Tensor) -> Iterator[slice]:
 
 def flat(x_TN: Tensor) -> Tensor:
     """All leading dimensions as one."""
-    return x_TN.reshape(-1, x_TN.shape[-1])
+    return x_TN if x_TN.dim() == 2 else x_TN.reshape(-1, x_TN.shape[-1])

@@ -5,7 +5,7 @@ Legend: T tokens, N inputs, M outputs, R rank.
 
 import math
 from collections.abc import Collection
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,8 @@ from ..manifold.linear import StiefelLinear
 from ..manifold.stiefel import RETRACTIONS, random_stiefel
 from ..precise import precise, precise_device
 from .adapter import Adapter
-from .fused import Hidden, has_hooks
+from .brief import weight_of
+from .fused import Middle, has_hooks
 from .reading import Reading
 
 GEOMETRIES = ("stiefel", "euclidean")
@@ -43,6 +44,11 @@ class Dense(nn.Linear):
         """z Sᵀ."""
         return F.linear(z_TR, S_RR.to(z_TR.dtype))
 
+    @staticmethod
+    def gradients(dh_TR: Tensor, z_TR: Tensor, S_RR: Tensor) -> tuple[Tensor, Tensor]:
+        """Of z (T, R) and of S, from that of `product`."""
+        return dh_TR @ S_RR.to(z_TR.dtype), dh_TR.mT @ z_TR
+
 
 class Diagonal(nn.Module):
     """S as a diagonal, held as a vector (R,): z ↦ diag(S) z, starting at I."""
@@ -66,6 +72,26 @@ class Diagonal(nn.Module):
     def product(z_TR: Tensor, S_R: Tensor) -> Tensor:
         """z diag(S)."""
         return z_TR * S_R.to(z_TR.dtype)
+
+    @staticmethod
+    def gradients(dh_TR: Tensor, z_TR: Tensor, S_R: Tensor) -> tuple[Tensor, Tensor]:
+        """Of z (T, R) and of S, from that of `product`."""
+        return dh_TR * S_R.to(z_TR.dtype), (dh_TR * z_TR).sum(0)
+
+
+class Scaled(Middle):
+    """S z."""
+
+    def __init__(self, core: Dense | Diagonal) -> None:
+        self.core, self.extra = type(core), (weight_of(core),)
+
+    def values(self, z_TR: Tensor, *extra: Tensor) -> Tensor:
+        """See `Middle.values`."""
+        return self.core.product(z_TR, *extra)
+
+    def gradients(self, dh_TR: Tensor, z_TR: Tensor, *extra: Tensor) -> tuple[Tensor, ...]:
+        """See `Middle.gradients`."""
+        return self.core.gradients(dh_TR, z_TR, *extra)
 
 
 class StellaAdapter(Adapter):
@@ -163,10 +189,10 @@ class StellaAdapter(Adapter):
         kept = slice(0, self.rank) if start == "svd_major" else slice(-self.rank, None)
         return U_MK[:, kept], Vh_KN[kept].mT
 
-    def hidden_again(self, z_TR: Tensor) -> tuple[Hidden, *tuple[Tensor, ...]] | None:
-        """See `Adapter.hidden_again`: S z."""
-        bare = type(self.core) in (Dense, Diagonal) and not has_hooks(self.core)
-        return (self.core.product, self.core.weight) if bare else None
+    def middle(self) -> Middle | None:
+        """See `Adapter.middle`."""
+        core: Any = self._modules["core"]
+        return Scaled(core) if type(core) in (Dense, Diagonal) and not has_hooks(core) else None
 
     def lora_factors(self) -> tuple[Tensor, Tensor]:
         """The LoRA that the adapter equals: s·U·S (M, R) and Vᵀ (R, N). No SVD: the factors are there already."""

@@ -95,10 +95,12 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             return self._add_by_row(self._base(x, args, kwargs), x, adapter_names)
         active = self._active()
         result = None if args or kwargs else self._base_and_first(active, x)
-        if result is not None:
-            active = active[1:]
-        else:
+        if result is None:
             result = self._base(x, args, kwargs)
+        elif len(active) == 1:
+            return result
+        else:
+            active = active[1:]
         dtype, brief = result.dtype, is_brief(result)
         ours = not brief and self._gives_its_output_away()
         for adapter in active:
