@@ -1,6 +1,7 @@
 """One adapted linear layer, forward and backward: what LoRA costs, and what the three methods cost beside it.
 
     python benchmarks/branch.py --out docs/results/branch.md
+    python benchmarks/branch.py --layers 64x64 --ranks 8 --tokens 8 --at-once 200   # next to no arithmetic
     python benchmarks/branch.py --device cuda --dtype bfloat16 --layers 4096x4096 4096x14336 --ranks 16 32 --tokens 4096
 
 float32, or a bfloat16 layer with float32 adapters (--dtype bfloat16), as PEFT makes them. A CPU has one thread, and its
@@ -8,6 +9,7 @@ time is taken; on an accelerator bfloat16 runs under autocast. Every contender d
 "base" is the frozen layer with the gradient of its input only: what no adapter can go below.
 """
 
+import argparse
 import itertools
 from typing import Any
 
@@ -60,16 +62,16 @@ class Step:
         self.model.zero_grad()
 
 
-def rows(
-    inputs: int, outputs: int, rank: int, tokens: int, rounds: int, dtype: torch.dtype, device: torch.device
-) -> list[str]:
+def rows(inputs: int, outputs: int, rank: int, tokens: int, arguments: argparse.Namespace) -> list[str]:
     """The table's lines for one shape."""
+    device, dtype = arguments.device, getattr(torch, arguments.dtype)
+    at_once = arguments.at_once or (1 if device.type == "cpu" else 10)
     base = nn.Linear(inputs, outputs, bias=False, dtype=dtype, device=device).requires_grad_(False)
     x = torch.randn(1, tokens, inputs, dtype=dtype, device=device, requires_grad=True)
     upstream = torch.randn(1, tokens, outputs, dtype=dtype, device=device)
     steps = {method: Step(layer(method, base, rank), x, upstream) for method in METHODS}
     peaks = {method: peak_bytes(step, device) for method, step in steps.items()}
-    ratios = compare(steps, "LoRA", rounds, device, at_once=10)
+    ratios = compare(steps, "LoRA", arguments.rounds, device, at_once=at_once)
     head = f"| {inputs}→{outputs} | {rank} | {tokens} |"
     lora, dropping = "LoRA", "LoRA+drop"
     return [
@@ -93,15 +95,15 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64])
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192])
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the frozen layer")
+    parser.add_argument("--at-once", type=int, help="calls a timing; default: 1, on an accelerator 10")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    device, dtype = arguments.device, getattr(torch, arguments.dtype)
     lines = [
         "# One adapted linear layer, forward and backward",
         "",
         f"`{command()}`: {arguments.dtype}, {arguments.rounds} rounds, interleaved in one process.",
-        f"{machine(device)}.",
+        f"{machine(arguments.device)}.",
         "",
         "Time is the median over the rounds of time / LoRA's time in the same round (quartiles); memory the peak of",
         "tensor bytes during the step beyond weights, input and upstream gradient.",
@@ -110,7 +112,7 @@ def main() -> None:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for widths, rank, tokens in itertools.product(arguments.layers, arguments.ranks, arguments.tokens):
-        lines += rows(*widths, rank, tokens, arguments.rounds, dtype, device)
+        lines += rows(*widths, rank, tokens, arguments)
         print(*lines[-len(METHODS) :], sep="\n", flush=True)
     publish(lines, arguments.out)
 

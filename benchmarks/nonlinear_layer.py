@@ -53,7 +53,7 @@ def row(rank: int, tokens: int, spline: str, arguments: argparse.Namespace) -> s
         torch.compiler.reset()
         contenders["compiled"] = torch.compile(layer.by_definition)
     works = {name: step(run) for name, run in contenders.items()}
-    ratios = compare(works, "recursion", arguments.rounds, device, at_once=10)
+    ratios = compare(works, "recursion", arguments.rounds, device, at_once=1 if device.type == "cpu" else 10)
     ours, theirs = (saved_bytes(contenders[name], z_TR) / 2**20 for name in ("closed", "recursion"))
     closed = ratios["closed"]
     times = f"{closed} | {ratios['again']} | {ratios.get('compiled', '')} | {closed.seconds * 1e3:.2f}"

@@ -48,19 +48,19 @@ def compare(
         baseline: one of their names.
         rounds: 2 at least.
         device: where they run.
-        at_once: calls in a row that an accelerator is given before it is waited for, as a model gives it its layers.
+        at_once: calls in a row between two looks at the clock, as a model gives an accelerator its layers.
     """
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    order, calls = list(contenders), 1 if device.type == "cpu" else at_once
+    order = list(contenders)
     for name in order:  # warm up
         contenders[name]()
     for _ in range(rounds):
         random.shuffle(order)
         for name in order:
             start = seconds(device)
-            own = [contenders[name]() for _ in range(calls)]
+            own = [contenders[name]() for _ in range(at_once)]
             spent = sum(own) if isinstance(own[0], float) else seconds(device) - start
-            times[name].append(spent / calls)
+            times[name].append(spent / at_once)
     return {name: _ratio(mine, times[baseline]) for name, mine in times.items()}
 
 

@@ -2,8 +2,9 @@
 
 LoRA's price is not its arithmetic (2·T·R·(M+N) beside 2·T·M·N) but its traffic: up(h), s · up(h) and the sum are three
 arrays of the size of the output, dropout two of the size of the input, the gradients of x that base layer and branch
-make two more; beside a bfloat16 layer, all of them in float32. Nothing here changes what is computed:
-`Adapter.forward` is the definition, and the tests hold the two together.
+make two more; beside a bfloat16 layer, all of them in float32. Beside a frozen linear layer one function, `Beside`, does
+it all; elsewhere `Down` begins and `AddProduct` ends, with the core between them. Nothing here changes what is
+computed: `Adapter.forward` is the definition, and the tests hold the two together.
 
 Legend: T tokens (any leading dimensions), N inputs, M outputs, R rank.
 """
@@ -27,7 +28,7 @@ class Middle:
     """What stands between the projections, as functions of z (T, R) and of tensors: here nothing does."""
 
     extra: tuple[Tensor, ...] = ()  # the weights that it has
-    dear = False  # whether its values are kept for the backward pass: what is R wide and kept is what an adapter costs
+    dear = False  # whether its values are kept by a CPU, too: what is R wide and kept is what an adapter costs
 
     def begin(self, z_TR: Tensor, *extra: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """`values`, and what had to be drawn for them: the last arguments of the other two."""
@@ -124,7 +125,8 @@ def add_up(y_TM: Tensor, h_TR: Tensor, up: nn.Module, scaling: float, *, overwri
 class Beside(torch.autograd.Function):
     """x W0ᵀ + b + s · middle((x ∘ mask) Aᵀ / share) Bᵀ: a layer and its branch in one. x's gradient is one array.
 
-    Saves x, the weights, the mask, and of what is R wide (x ∘ mask) Aᵀ / share alone, if the middle is not dear.
+    Saves x, the weights and the mask; of what is R wide (x ∘ mask) Aᵀ / share, and what the middle makes of it where
+    that is dear.
     """
 
     @staticmethod
@@ -145,7 +147,8 @@ class Beside(torch.autograd.Function):
         A_low, B_low = (A_RN, B_MR) if A_RN.dtype == dtype else (A_RN.to(dtype), B_MR.to(dtype))
         z_TR = dropped_and_narrow(flat(x_TN), A_low, drop)
         h_TR, drawn = middle.begin(z_TR, *extra)
-        ctx.save_for_backward(x_TN, W_MN, A_RN, B_MR, drop.mask, z_TR, h_TR if middle.dear else None, *extra, *drawn)
+        kept_TR = h_TR if middle.dear or x_TN.device.type != "cpu" else None  # on a GPU a launch is dear
+        ctx.save_for_backward(x_TN, W_MN, A_RN, B_MR, drop.mask, z_TR, kept_TR, *extra, *drawn)
         ctx.low = A_low, B_low
         ctx.scaling, ctx.share, ctx.middle = scaling, drop.share, middle
         return add_product_(F.linear(x_TN, W_MN, b_M), h_TR, B_low, scaling)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+FEW = 2**15  # entries of which the product takes less time than what would be done to speed it up
 BLOCK = 256  # rows a piece: small enough for a cache, large enough for a matrix product
 DROPPING = {"cuda", "xpu"}  # devices with one kernel to draw, drop and scale, and one to do it again
 drop_again = torch.ops.aten.native_dropout_backward  # x ∘ mask · scale in one pass
@@ -19,7 +20,7 @@ drop_again = torch.ops.aten.native_dropout_backward  # x ∘ mask · scale in on
 def narrow(x_TN: Tensor, A_RN: Tensor, mask: Tensor | None = None) -> Tensor:
     """(x ∘ mask) Aᵀ in A's dtype, (T, R); x ∘ mask, and x in another dtype, exist a block of rows at a time."""
     if mask is None and x_TN.dtype == A_RN.dtype:
-        if x_TN.device.type != "cpu":
+        if x_TN.device.type != "cpu" or x_TN.numel() < FEW:
             return (flat(x_TN) @ A_RN.mT).view(*x_TN.shape[:-1], A_RN.shape[0])
         # The narrow matrix first: the other order is slower (docs/speed.md). Contiguous: dropout draws another mask for
         # another layout, and a recomputed forward pass must draw the same.
