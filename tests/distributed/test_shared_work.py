@@ -160,8 +160,9 @@ def zero(monkeypatch):
 
 def test_weights_that_are_cut_up_are_whole_for_the_time_being(zero):
     cut, plain = Cut(torch.ones(3)), torch.nn.Parameter(torch.ones(2))
-    for written, after in ((False, torch.ones(3)), (True, torch.zeros(3))):
-        with torch.no_grad(), processes.whole(iter([plain, cut]), written=written):
+    model = torch.nn.ParameterList([plain, cut])
+    for together, after in ((processes.whole, torch.ones(3)), (processes.writable, torch.zeros(3))):
+        with torch.no_grad(), together(model):
             assert cut.shape == (3,)
             cut.zero_()
         assert cut.shape == (0,)

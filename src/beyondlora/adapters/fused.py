@@ -2,8 +2,8 @@
 
 LoRA's price is not its arithmetic (2·T·R·(M+N) beside 2·T·M·N) but its traffic: up(h), s · up(h) and the sum are three
 arrays of the size of the output, dropout two of the size of the input, the gradients of x that base layer and branch
-make two more; beside a bfloat16 layer, all of them in float32. Beside a frozen linear layer one function, `Beside`, does
-it all; elsewhere `Down` begins and `AddProduct` ends, with the core between them. Nothing here changes what is
+make two more; beside a bfloat16 layer, all of them in float32. Beside a frozen linear layer one function does it all,
+`Beside`; elsewhere `Down` begins and `AddProduct` ends, with the core between them. Nothing here changes what is
 computed: `Adapter.forward` is the definition, and the tests hold the two together.
 
 Legend: T tokens (any leading dimensions), N inputs, M outputs, R rank.
@@ -168,6 +168,7 @@ class Beside(torch.autograd.Function):
         if needs_B:
             h_TR = middle.values(z_TR, *extra) if h_TR is None else h_TR
             dB_MR = times(ctx.scaling, up_gradient(h_TR, wide_TM))
+            del h_TR
         if needs_x or needs_A or any(needs_extra):
             dh_TR = times(ctx.scaling, narrow(wide_TM, B_low.mT))
             dz_TR, *d_extra = middle.gradients(dh_TR, z_TR, *extra)
