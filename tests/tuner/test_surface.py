@@ -6,7 +6,7 @@ import pytest
 import small_models
 import torch
 from huggingface_hub import ModelCard
-from methods import one_of_each_paper
+from methods import every_method, one_of_each_paper
 from peft import (
     AutoPeftModel,
     AutoPeftModelForCausalLM,
@@ -23,8 +23,10 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.utils.hotswap import hotswap_adapter as peft_hotswap
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
+from torch.utils.checkpoint import checkpoint
 
 from beyondlora import StellaConfig
 from beyondlora.tuner.base_layers import layer_problem
@@ -94,6 +96,30 @@ def test_tied_embeddings_stay_tied(method):
     inner = model.get_base_model()
     assert inner.lm_head.weight.data_ptr() == inner.model.embed_tokens.weight.data_ptr()
     assert not inner.lm_head.weight.requires_grad
+
+
+@every_method
+@pytest.mark.parametrize("watched", [False, True], ids=["at once", "one by one"])
+@pytest.mark.parametrize("rows", [4, 150, 3000])
+def test_reentrant_checkpointing_draws_the_same_dropout_again(method, rows, watched):
+    """It calls a layer without gradients and then with them, whatever way each of them goes."""
+    torch.manual_seed(0)
+    config = method.config(target_modules=["0"], r=4, lora_dropout=0.3, init_lora_weights=False)
+    model = inject_adapter_in_model(config, nn.Sequential(nn.Linear(64, 64))).train()
+    if watched:
+        model[0].base_layer.register_forward_hook(lambda *_: None)
+    x = torch.randn(rows, 64, requires_grad=True)
+
+    def gradients(way):
+        torch.manual_seed(1)
+        model.zero_grad()
+        y = way(x)
+        y.square().sum().backward()
+        found, x.grad = x.grad, None
+        return [y.detach(), found, *(weight.grad for weight in model.parameters() if weight.requires_grad)]
+
+    pairs = zip(gradients(lambda x: checkpoint(model, x, use_reentrant=True)), gradients(model), strict=True)
+    assert all(torch.equal(mine, expected) for mine, expected in pairs)
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")

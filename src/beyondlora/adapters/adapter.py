@@ -87,13 +87,23 @@ class Adapter(nn.Module):
         return call(parts["core"], call(parts["down"], call(parts["dropout"], x_TN)))
 
     @property
+    def drops(self) -> bool:
+        """Whether dropout is at work."""
+        dropout: Any = self._modules["dropout"]
+        return bool(dropout.training) and type(dropout) is not nn.Identity
+
+    @property
     def input_dropout(self) -> nn.Module:
         """The dropout between x and the down-projection."""
         return self.dropout
 
     def beside(self, base: nn.Module, x_TN: Tensor) -> Tensor | None:
-        """base(x) + self(x) in one go where base is a frozen linear layer and gradients are wanted; otherwise None."""
-        if self.reading is not None:
+        """base(x) + self(x) in one go where base is a frozen linear layer; otherwise None, and where it does not pay.
+
+        It pays where gradients are wanted. Where dropout is at work it is the way in any case: reentrant checkpointing
+        calls a layer without gradients and then with them, and the same must be drawn both times.
+        """
+        if self.reading is not None or not (torch.is_grad_enabled() or self.drops):
             return None
         parts: Any = self._modules
         dropout = self.input_dropout
@@ -114,7 +124,7 @@ class Adapter(nn.Module):
         """
         if self.reading is not None:
             return y_TM + self(x_TN)
-        if is_brief(y_TM) and not overwrite:
+        if is_brief(y_TM) and not (overwrite or self.drops):
             return self.add_briefly(y_TM, x_TN)
         return add_up(y_TM, self.hidden_fused(x_TN), self.up, self.scaling, overwrite=overwrite)
 

@@ -65,9 +65,9 @@ class Operands(NamedTuple):
 def operands(x_TN: Tensor, base: nn.Module, down: nn.Module, up: nn.Module, dropout: nn.Module) -> Operands | None:
     """What `Beside` works on; None where base layer and branch must be called one by one.
 
-    That is: another kind of layer, one that trains, a hook, a compiler, no gradients.
+    That is: another kind of layer, one that trains, a hook, a compiler.
     """
-    if not (torch.is_grad_enabled() and is_eager() and is_frozen_linear(base)):
+    if not (is_eager() and is_frozen_linear(base)):
         return None
     if not (is_plain_linear(down) and is_plain_linear(up) and (is_dropping(dropout) or is_nothing(dropout))):
         return None

@@ -106,7 +106,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         for adapter in active:
             if adapter.reading is not None:
                 result = result + self._branch(adapter, x)
-            elif brief:
+            elif brief and not adapter.drops:
                 result = adapter.add_briefly(result, self._cast_input_dtype(x, adapter.dtype))
             else:
                 result = adapter.add_to(result, self._cast_input_dtype(x, adapter.dtype), overwrite=ours)
@@ -187,7 +187,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     def _base_and_first(self, active: list[Adapter], x: Tensor) -> Tensor | None:
         """The base layer's output with the first adapter's branch in it, where both can be computed together."""
-        if not torch.is_grad_enabled() or not active or self.quantization_backend is not None:
+        if not active or self.quantization_backend is not None:
             return None
         if not self.cast_input_dtype_enabled and x.dtype != active[0].dtype:
             return None  # the caller wants no dtype but x's
@@ -224,7 +224,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
                 continue
             adapter, index = self._adapter(name), torch.tensor(rows, device=result.device)
             mine, x_mine = result.index_select(0, index), x.index_select(0, index)
-            if brief and adapter.reading is None:
+            if brief and adapter.reading is None and not adapter.drops:
                 mine = adapter.add_briefly(mine, self._cast_input_dtype(x_mine, adapter.dtype))
             else:
                 mine = mine + self._branch(adapter, x_mine)
