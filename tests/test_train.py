@@ -371,6 +371,18 @@ def test_a_strangers_folder_is_never_touched(flags, recipe, tmp_path):
     assert (tmp_path / "run" / "thesis.txt").read_text() == "years of work"
 
 
+@pytest.mark.parametrize(
+    "name", ["adapter/mine.txt", "last/mine.txt", "checkpoints/mine.txt", "metrics.json", "curves.png"]
+)
+def test_a_name_of_ours_is_no_run_without_a_recipe(name, recipe, tmp_path):
+    mine = tmp_path / "mine" / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text("by hand")
+    with pytest.raises(FileExistsError, match=rf"no run wrote \({mine.relative_to(tmp_path / 'mine').parts[0]}\)"):
+        train(recipe(output_dir=str(tmp_path / "mine")))
+    assert mine.read_text() == "by hand"
+
+
 def test_overwriting_spares_a_run_with_a_strangers_file_in_it(recipe, tmp_path):
     train(recipe())
     (tmp_path / "run" / "notes.txt").write_text("mine")

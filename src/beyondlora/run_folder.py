@@ -96,7 +96,9 @@ class RunFolder:
             )
 
     def _strangers(self) -> list[str]:
-        ours = {name + suffix for name in CONTENTS for suffix in ("", ".partial", ".old")} | {LOCK}
+        # A recipe is what a run writes first and what `clear` deletes last: without one, an `adapter` is somebody's.
+        names = CONTENTS if self.recipe.exists() else [self.recipe.name]
+        ours = {name + suffix for name in names for suffix in ("", ".partial", ".old")} | {LOCK}
         return sorted(entry.name for entry in self.path.glob("*") if entry.name not in ours)
 
     def clear(self) -> None:
