@@ -11,6 +11,7 @@ loaded is then the base model itself, a `PreTrainedModel` where the others are a
 import dataclasses
 import difflib
 import json
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,6 +44,9 @@ PEFT_TASKS = {
     "sequence-regression": "SEQ_CLS",
     "image-classification": None,  # PEFT has no name for it
 }
+
+# What PEFT and a method make of settings that cannot work.
+BAD_SETTINGS = (TypeError, ValueError, AttributeError, LookupError, re.error)
 
 
 # --- from a recipe ---------------------------------------------------------------------------------------------------
@@ -80,7 +84,7 @@ def config_by_name(peft_type: str, settings: dict[str, Any]) -> PeftConfig | Ful
             raise ValueError(f"adapter: {peft_type} has no key {key!r}{near}; its keys are {', '.join(known)}.")
     try:
         config: PeftConfig | FullFineTuning = _config_classes()[peft_type](**settings)
-    except (TypeError, ValueError) as error:
+    except BAD_SETTINGS as error:
         raise ValueError(f"adapter: {error}") from error
     return config
 
@@ -125,7 +129,7 @@ def attach(base: Any, config: Any, recipe: Recipe) -> Trained:
     try:
         with quiet():
             model: PeftModel = get_peft_model(base, config)
-    except (TypeError, ValueError) as error:
+    except BAD_SETTINGS as error:
         raise ValueError(f"adapter: {error}") from error
     return model
 
@@ -180,7 +184,7 @@ def _load_adapter(folder: Path, base: torch.nn.Module) -> PeftModel:
     try:
         with quiet():
             model: PeftModel = get_peft_model(base, config)
-    except (TypeError, ValueError) as error:
+    except BAD_SETTINGS as error:
         raise ValueError(f"The adapter in {folder} does not fit its base model: {error}") from error
     load_weights(model, folder)
     return model.eval()
@@ -191,7 +195,7 @@ def config_in(folder: Path) -> PeftConfig:
     config_content(folder)
     try:
         return PeftConfig.from_pretrained(str(folder))
-    except (TypeError, ValueError) as error:
+    except BAD_SETTINGS as error:
         raise ValueError(f"{folder / 'adapter_config.json'}: {error}") from error
 
 

@@ -187,7 +187,7 @@ def export(
 ) -> None:
     """Write what a server loads: a plain LoRA or a merged model, compared with the live adapter before it counts."""
     with _explained(), _warnings_said():
-        folder = out or target.with_name(f"{target.resolve().name}-{to}")
+        folder = out or target.resolve().with_name(f"{target.resolve().name}-{to}")
         loaded = Recipe.load(recipe) if recipe else None
         from .export import export as write
 
@@ -358,7 +358,7 @@ def _explained() -> Iterator[None]:
     except FloatingPointError as error:
         messages.print(f"[red]Stopped:[/red] {escape(str(error))}", soft_wrap=True, highlight=False)
         raise typer.Exit(1) from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         if os.environ.get("BEYONDLORA_TRACEBACK"):
             raise
         messages.print(f"[red]Error:[/red] {escape(str(error))}", soft_wrap=True, highlight=False)

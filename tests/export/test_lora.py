@@ -432,6 +432,17 @@ def test_a_rank_that_vllm_has_not(tmp_path):
     assert "vllm serve" not in serving_command(Path("lora"), base_model=BASE, rank=513)
 
 
+def test_the_serving_command_is_one_that_a_shell_takes():
+    import shlex
+
+    from beyondlora.export.folder import serving_command
+
+    words = shlex.split(serving_command(Path("my served/a lora"), base_model="a base", rank=8))
+    assert words[2] == "a base"
+    assert words[-1] == "a lora=my served/a lora"
+    assert shlex.split(serving_command(Path("a model"), base_model="", rank=None)) == ["vllm", "serve", "a model"]
+
+
 def test_a_model_that_reads_no_text_needs_batches(tmp_path):
     model = get_peft_model(small_models.Perceptron(), beyondlora.StellaConfig(r=2, target_modules=["first"]))
     with pytest.raises(ValueError, match="pass batches"):

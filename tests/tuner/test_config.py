@@ -86,6 +86,21 @@ def test_configs_survive_a_json_round_trip(method, tmp_path):
             "init_lora_weights='pissa' is unknown; choose one of .*svd_minor",
         ),
         (StellaConfig, {"stella_grad_scaling": -1.0}, "stella_grad_scaling=-1.0 is no dimension"),
+        (
+            CeraConfig,
+            {"modules_to_save": "head"},
+            r"modules_to_save='head' is of no use .* a list \(text each\) or None",
+        ),
+        (StellaConfig, {"rank_pattern": 3}, "rank_pattern=3 is of no use there; give a mapping to a whole number"),
+        (CeraConfig, {"target_modules": [5]}, r"target_modules=\{5\} is of no use there; give a list \(text each\)"),
+        (CeraConfig, {"target_modules": 5}, r"target_modules=5 .* give a list \(text each\) or text or None"),
+        (AuroraConfig, {"lora_alpha": "x"}, "lora_alpha='x' is of no use there; give a number or None"),
+        (AuroraConfig, {"lora_alpha": True}, "lora_alpha=True is of no use there"),
+        (CeraConfig, {"lora_dropout": None}, "lora_dropout=None is of no use there; give a number"),
+        (CeraConfig, {"use_rslora": "maybe"}, "use_rslora='maybe' is of no use there; give True or False"),
+        (AuroraConfig, {"aurora_grid_size": 1.5}, "aurora_grid_size=1.5 is of no use there; give a whole number"),
+        (AuroraConfig, {"aurora_grid_range": ["a", "b"]}, r"aurora_grid_range=.* give a list \(a number each\)"),
+        (CeraConfig, {"layers_to_transform": "x"}, "layers_to_transform='x' is of no use there"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
 )
@@ -93,6 +108,14 @@ def test_bad_values_are_refused_when_the_config_is_made(config_cls, fields, mess
     with pytest.raises(ValueError, match=message) as refusal:
         config_cls(**fields)
     assert config_cls.__name__ in str(refusal.value)
+
+
+def test_what_yaml_and_json_know_no_type_for_is_taken():
+    config = AuroraConfig(aurora_grid_range=[-1, 1], target_modules=("q", "v"), rank_pattern={"q": 2}, lora_alpha=4)
+    assert (list(config.aurora_grid_range), config.lora_alpha) == ([-1, 1], 4)
+    CeraConfig(layers_to_transform=range(2), target_modules={"q"}, trainable_token_indices={"embed": [1]})
+    with pytest.raises(ValueError, match=r"'embed': 'x'.* of no use"):
+        CeraConfig(trainable_token_indices={"embed": "x"})
 
 
 def test_the_json_of_the_authors_folders_is_understood(tmp_path):

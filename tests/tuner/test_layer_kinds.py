@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from beyondlora import CeraConfig, StellaConfig
 from beyondlora.manifold import distance_to_stiefel
 from beyondlora.manifold.linear import StiefelLinear
+from beyondlora.tuner.base_layers import reading_of
+from beyondlora.tuner.config import LayerSpec
 from beyondlora.tuner.layer import AdapterLayer
 
 mergeable = pytest.mark.parametrize("method", [m for m in METHODS if m.merge == "exact"], ids=lambda m: m.name)
@@ -193,3 +195,13 @@ def test_all_linear_leaves_adapted_embeddings_and_convolutions_alone():
 def test_layers_without_a_true_adapter_are_refused_with_the_reason(layer, message):
     with pytest.raises(ValueError, match=message):
         get_peft_model(One(layer), StellaConfig(r=1, target_modules=["tail"]))
+
+
+def test_weights_that_are_elsewhere_are_not_read_as_if_they_were_here():
+    """accelerate leaves meta tensors where it has moved weights to the disk, and a convolution takes them."""
+    adapter = CeraConfig(r=2, target_modules=["0"]).make_adapter(
+        LayerSpec(4, 3, 2, 1.0, None, lambda: torch.empty(3, 4), reading_of(nn.Conv1d(4, 3, 1)))
+    )
+    adapter.down.weight = nn.Parameter(torch.empty_like(adapter.down.weight, device="meta"))
+    with pytest.raises(ValueError, match="have been offloaded"):
+        adapter(torch.randn(2, 4, 5))

@@ -139,7 +139,16 @@ class Adapter(nn.Module):
         return Middle() if type(core) is nn.Identity and not has_hooks(core) else None
 
     def read(self, x_TN: Tensor, weight_RN: Tensor | None = None) -> Tensor:
-        """Down-project (..., N), or what `reading` says, to (..., R); with another weight if one is given."""
+        """Down-project (..., N), or what `reading` says, to (..., R); with another weight if one is given.
+
+        Raises: ValueError where the weight that is to be read is elsewhere, on disk for example.
+        """
+        if self.reading is not None and self.down.weight.is_meta and not x_TN.is_meta:
+            raise ValueError(
+                "The adapter's weights have been offloaded, by accelerate for example, and come back when the modules "
+                "that hold them are called. Beside convolutions and embeddings they are read and no module is called: "
+                "keep these layers on a device (device_map)."
+            )
         if self.reading is not None:
             return self.reading.read(x_TN, self.down.weight if weight_RN is None else weight_RN)
         return self.down(x_TN) if weight_RN is None else F.linear(x_TN, weight_RN)

@@ -14,6 +14,7 @@ What each of them insists on, all at once:
 Legend: N inputs, M outputs, R rank.
 """
 
+import shlex
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -111,12 +112,14 @@ def _padded(matrix: Tensor, shape: tuple[int, int]) -> Tensor:
 
 def serving_command(folder: Path, *, base_model: str, rank: int | None) -> str:
     """The command that serves a LoRA folder (of a rank) or a merged model (rank None) with vLLM."""
+    place, base_model = shlex.quote(str(folder)), shlex.quote(base_model)
     if rank is None:
-        return f"vllm serve {folder}"
+        return f"vllm serve {place}"
     if rank > VLLM_RANKS[-1]:
-        return f"llama-server --model {base_model} --lora {folder}  # after conversion: vLLM serves ranks to 512 only"
+        return f"llama-server --model {base_model} --lora {place}  # after conversion: vLLM serves ranks to 512 only"
     return (
-        f"vllm serve {base_model} --enable-lora --max-lora-rank {vllm_rank(rank)} --lora-modules {folder.name}={folder}"
+        f"vllm serve {base_model} --enable-lora --max-lora-rank {vllm_rank(rank)} "
+        f"--lora-modules {shlex.quote(folder.name)}={place}"
     )
 
 

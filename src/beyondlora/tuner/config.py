@@ -1,6 +1,11 @@
 """What the configs of all methods share: LoRA's field names, their checks, and the way from a config to an adapter."""
 
-from collections.abc import Callable
+import dataclasses
+import functools
+import numbers
+import types
+import typing
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any, ClassVar
@@ -105,6 +110,10 @@ class AdapterConfig(PeftConfig):
 
     def _check(self) -> None:
         """Refuse bad values when the config is made, not when the model is."""
+        for name, annotation in _annotations(type(self)).items():  # type: ignore[arg-type]
+            value = getattr(self, name)
+            if name != "r" and not _fits(value, annotation):
+                self._refuse(f"{name}={value!r} is of no use there; give {_in_words(annotation)}.")
         for name, rank in {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}.items():
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
                 self._refuse(f"{name}={rank!r} is not a rank; give a whole number of at least 1.")
@@ -153,3 +162,40 @@ class AdapterConfig(PeftConfig):
 
     def _refuse(self, reason: str) -> None:
         raise ValueError(f"{type(self).__name__}: {reason}")
+
+
+@functools.cache
+def _annotations(config: Any) -> dict[str, Any]:
+    """The types of the fields that are ours, by name."""
+    hints = typing.get_type_hints(config)
+    return {entry.name: hints[entry.name] for entry in dataclasses.fields(config) if "help" in entry.metadata}
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    """Whether a value is of the type, or becomes so from YAML or JSON, which know lists for all that has an order."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, argument) for argument in arguments)
+    if origin is typing.Literal:
+        return True  # the method says which there are
+    if origin is dict:
+        key, entry = arguments
+        return isinstance(value, dict) and all(_fits(k, key) and _fits(v, entry) for k, v in value.items())
+    if origin in (list, set, tuple):
+        several = isinstance(value, Iterable) and not isinstance(value, (str, dict))
+        return several and all(_fits(entry, arguments[0]) for entry in value)
+    kind = {int: numbers.Integral, float: numbers.Real}.get(annotation, annotation)
+    return isinstance(value, kind) and (annotation is bool or not isinstance(value, bool))
+
+
+def _in_words(annotation: Any) -> str:
+    """What to give for a type."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(dict.fromkeys(map(_in_words, arguments)))
+    if origin is dict:
+        return f"a mapping to {_in_words(arguments[1])}"
+    if origin in (list, set, tuple):
+        return f"a list ({_in_words(arguments[0])} each)"
+    words = {int: "a whole number", float: "a number", bool: "True or False", str: "text", types.NoneType: "None"}
+    return words.get(annotation, str(annotation))
