@@ -48,7 +48,7 @@ def assert_the_same(folder: Path, file: str = "adapter_model.safetensors") -> No
         torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-5)  # float32 means of halves, through Adam
     mine, theirs = (small_runs.rows(folder / run) for run in ("one", "two"))
     assert [row["step"] for row in mine] == [row["step"] for row in theirs]
-    for key in ("loss", "eval_loss", "grad_norm"):
+    for key in ("loss", "eval_loss"):  # and not grad_norm: old versions log one process's part of it
         found, expected = ([row[key] for row in rows if key in row] for rows in (theirs, mine))
         assert found == pytest.approx(expected, abs=1e-4)
 
