@@ -12,6 +12,7 @@ against itself; memory is the most that is held beside the factors and their gra
 bfloat16 under autocast. There every figure is the clock's, from an idle device to an idle device.
 """
 
+import argparse
 import functools
 import itertools
 import statistics
@@ -168,21 +169,12 @@ def share(rank: int, per_layer: float, device: torch.device) -> float:
     return per_layer / sum(times)
 
 
-def main() -> None:
-    """Time and print one table row."""
-    parser = options(__doc__, rounds=21)
-    parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--layers", type=int, default=4, help="layers of the model; the whole one has 32")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--share", action="store_true", help="time a training step of one layer too")
-    chosen = parser.parse_args()
+def measured(chosen: argparse.Namespace) -> list[str]:
+    """The table's row, and what is to be said below it."""
     device: torch.device = chosen.device
-    torch.set_num_threads(chosen.threads)
-    torch.manual_seed(0)
     # Two sets: moved by others, ours would be checked anew.
     layers, theirs = (model(chosen.rank, chosen.layers, device) for _ in range(2))
-    optimizer = Update(layers)
-    algorithm = Authors(theirs)
+    optimizer, algorithm = Update(layers), Authors(theirs)
     authors, mine = reference(algorithm, theirs, optimizer.update), ours(layers, optimizer)
     contenders = {"authors": authors, "A/A": authors, "ours": mine, "AdamW": adamw(layers)}
     result = compare(contenders, "ours", chosen.rounds, device)
@@ -201,20 +193,33 @@ def main() -> None:
         f"{1 / result['AdamW'].median:.2f} ({1 / result['AdamW'].high:.2f}–{1 / result['AdamW'].low:.2f})",
         f"{(held + peak) / stored:.2f} (authors {their_peak / stored:.2f})",
     ]
-    lines = [
-        f"{machine(device)}, {chosen.rounds} rounds",
-        "",
-        "| factors | r | threads | authors, ms | ours, ms | authors / ours | A/A | ours / AdamW | memory |",
-        "|---|---|---|---|---|---|---|---|---|",
-        "| " + " | ".join(map(str, cells)) + " |",
-    ]
+    lines = ["| " + " | ".join(map(str, cells)) + " |"]
     if algorithm.failures:
         lines += [f"The reference's SVD did not converge {algorithm.failures} times (a stack of one shape each time)."]
     if chosen.share:
         parts = [share(chosen.rank, result["ours"].seconds / chosen.layers, device) for _ in range(3)]
         spent = f"{statistics.median(parts):.2%} of forward and backward"
         lines += [f"{spent} of the adapted projections on {TOKENS} tokens"]
-    publish(lines, chosen.out)
+    return lines
+
+
+def main() -> None:
+    """Time and print one table row."""
+    parser = options(__doc__, rounds=21)
+    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--layers", type=int, default=4, help="layers of the model; the whole one has 32")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--share", action="store_true", help="time a training step of one layer too")
+    chosen = parser.parse_args()
+    torch.set_num_threads(chosen.threads)
+    torch.manual_seed(0)
+    lines = [
+        f"{machine(chosen.device)}, {chosen.rounds} rounds",
+        "",
+        "| factors | r | threads | authors, ms | ours, ms | authors / ours | A/A | ours / AdamW | memory |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    publish(lines + measured(chosen), chosen.out)
 
 
 def buffers(optimizer: torch.optim.Optimizer) -> list[torch.UntypedStorage]:

@@ -187,7 +187,8 @@ def export(
 ) -> None:
     """Write what a server loads: a plain LoRA or a merged model, compared with the live adapter before it counts."""
     with _explained(), _warnings_said():
-        folder = out or target.resolve().with_name(f"{target.resolve().name}-{to}")
+        named = target if target.name not in ("", "..") else target.resolve()
+        folder = out or named.with_name(f"{named.name}-{to}")
         loaded = Recipe.load(recipe) if recipe else None
         from .export import export as write
 

@@ -190,10 +190,12 @@ def test_the_command_says_what_was_lost_and_how_to_serve(exported, tmp_path):
     assert type(PeftModel.from_pretrained(base, str(tmp_path / "lora")).peft_config["default"]) is LoraConfig
 
 
-def test_the_default_folder_stands_beside_the_run(exported, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("place", "target"), [("", "runs/stella"), ("runs/stella", "."), ("runs/stella/last", "..")])
+def test_the_default_folder_stands_beside_the_run(place, target, exported, tmp_path, monkeypatch):
     run = shutil.copytree(exported / "stella", tmp_path / "runs" / "stella")
-    monkeypatch.chdir(tmp_path)
-    printed = json.loads(call("export", "runs/stella", "--json").stdout)
+    monkeypatch.chdir(tmp_path / place)
+    printed = json.loads(call("export", target, "--json").stdout)
+    assert printed["serve"].endswith("=runs/stella-lora" if not place else str(tmp_path / "runs" / "stella-lora"))
     assert printed["layers"] == json.loads((tmp_path / "runs" / "stella-lora" / "export.json").read_text())["layers"]
     assert evaluate(run)["metrics"]  # the run is still one
 

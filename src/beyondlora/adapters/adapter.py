@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .brief import call, is_brief, weight_of
-from .fused import Beside, Middle, add_up, drawn, dropped_linear, has_hooks, operands
+from .fused import Beside, Middle, add_up, drawn, dropped_linear, has_hooks, is_idle, operands
 from .reading import Reading
 
 
@@ -90,7 +90,7 @@ class Adapter(nn.Module):
     def drops(self) -> bool:
         """Whether dropout is at work."""
         dropout: Any = self._modules["dropout"]
-        return bool(dropout.training) and type(dropout) is not nn.Identity
+        return not is_idle(dropout)
 
     @property
     def input_dropout(self) -> nn.Module:
@@ -143,15 +143,15 @@ class Adapter(nn.Module):
 
         Raises: ValueError where the weight that is to be read is elsewhere, on disk for example.
         """
-        if self.reading is not None and self.down.weight.is_meta and not x_TN.is_meta:
+        if self.reading is None:
+            return self.down(x_TN) if weight_RN is None else F.linear(x_TN, weight_RN)
+        if self.down.weight.is_meta and not x_TN.is_meta:
             raise ValueError(
                 "The adapter's weights have been offloaded, by accelerate for example, and come back when the modules "
                 "that hold them are called. Beside convolutions and embeddings they are read and no module is called: "
                 "keep these layers on a device (device_map)."
             )
-        if self.reading is not None:
-            return self.reading.read(x_TN, self.down.weight if weight_RN is None else weight_RN)
-        return self.down(x_TN) if weight_RN is None else F.linear(x_TN, weight_RN)
+        return self.reading.read(x_TN, self.down.weight if weight_RN is None else weight_RN)
 
     def write(self, y_TM: Tensor) -> Tensor:
         """Give (..., M) the layout of the layer's output."""

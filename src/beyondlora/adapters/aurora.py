@@ -16,7 +16,7 @@ from .adapter import Adapter
 from .brief import weight_of
 from .bspline import SPLINES, PooledSpline
 from .cubic import UniformGrid, adaptive_cubic, all_gradients
-from .fused import Middle, has_hooks, is_eager
+from .fused import Middle, autocast_dtype, has_hooks, is_eager
 from .products import flat
 from .reading import Reading
 
@@ -78,8 +78,7 @@ class AdaptiveNonlinearLayer(nn.Module):
 
     def forward(self, z_TR: Tensor) -> Tensor:
         """Map (..., R) to (..., R)."""
-        closed = self.has_closed_form and is_eager() and not z_TR.is_meta  # autocast, which it turns off, knows no meta
-        return self.closed_form(z_TR) if closed else self.by_definition(z_TR)
+        return self.closed_form(z_TR) if self.has_closed_form and is_eager() else self.by_definition(z_TR)
 
     @property
     def has_closed_form(self) -> bool:
@@ -118,8 +117,8 @@ class AdaptiveNonlinearLayer(nn.Module):
 
 def in_closed_form(z_TR: Tensor, H_RR: Tensor, W_RK: Tensor, grid: UniformGrid) -> Tensor:
     """tanh(H tanh(z)) plus cubic splines on a grid, (..., R), in float32 at least, whatever z is in."""
-    device, dtype = z_TR.device.type, _at_least_float32(z_TR)
-    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+    dtype, lower = _at_least_float32(z_TR), autocast_dtype(z_TR)
+    with nullcontext() if lower is None else torch.autocast(z_TR.device.type, enabled=False):
         y_TR = adaptive_cubic(flat(z_TR).to(dtype), H_RR.to(dtype), W_RK.to(dtype), grid)
     return y_TR.view(z_TR.shape).to(z_TR.dtype)
 
@@ -203,8 +202,7 @@ class AuroraAdapter(Adapter):
     def middle(self) -> Middle | None:
         """See `Adapter.middle`."""
         core: Any = self._modules["core"]
-        closed = core.has_closed_form and not has_hooks(core) and not weight_of(core.H).is_meta
-        return ClosedForm(core) if closed else None
+        return ClosedForm(core) if core.has_closed_form and not has_hooks(core) else None
 
     def parts(self) -> dict[str, nn.Module]:
         """A, B, H and the spline, as far as they exist."""

@@ -138,7 +138,7 @@ class CeraAdapter(Adapter):
         """See `Adapter.hidden_briefly`."""
         parts: Any = self._modules
         z_TR = call(parts["down"], x_TN)
-        if parts["dropout"].training or is_watched(parts["core"]):
+        if self.drops or is_watched(parts["core"]):
             return call(parts["core"], z_TR)
         return call(parts["activation"], z_TR)
 

@@ -52,10 +52,10 @@ def draw(x_TN: Tensor, p: float) -> Drawn:
 def draw_mask(like_TN: Tensor, p: float) -> tuple[Tensor, float]:
     """The mask and the share of `draw`, for an input like this one, where nothing is dropped on the way."""
     kind = like_TN.device.type
-    if kind == "cpu" and p <= SMALL and like_TN.numel() > FEW:
-        return dropped_positions(like_TN.numel(), p), 1 - p
     if kind != "cpu" or like_TN.numel() <= FEW:
         return flat(torch.empty_like(like_TN, dtype=torch.float32).bernoulli_(1 - p)).bool(), 1 - p
+    if p <= SMALL:
+        return dropped_positions(like_TN.numel(), p), 1 - p
     dropped = min(max(round(p * 2**16), 1), 2**16 - 1)
     return kept_entries(like_TN, dropped), 1 - dropped / 2**16
 

@@ -289,9 +289,13 @@ def is_frozen_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
 
 
 def is_nothing(module: nn.Module) -> bool:
-    """Dropout that drops nothing."""
-    idle = type(module) is nn.Dropout and (not module.training or module.p == 0)
-    return (idle or type(module) is nn.Identity) and not has_hooks(module)
+    """Dropout that drops nothing, and that nobody watches."""
+    return is_idle(module) and not has_hooks(module)
+
+
+def is_idle(module: nn.Module) -> bool:
+    """Dropout that drops nothing, whoever watches it."""
+    return type(module) is nn.Identity or (type(module) is nn.Dropout and (not module.training or module.p == 0))
 
 
 def is_dropping(module: nn.Module) -> TypeGuard[nn.Dropout]:

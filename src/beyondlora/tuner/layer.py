@@ -97,19 +97,13 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         result = None if args or kwargs else self._base_and_first(active, x)
         if result is None:
             result = self._base(x, args, kwargs)
-        elif len(active) == 1:
-            return result
         else:
             active = active[1:]
-        dtype, brief = result.dtype, is_brief(result)
-        ours = not brief and self._gives_its_output_away()
+        if not active:
+            return result
+        dtype, ours = result.dtype, not is_brief(result) and self._gives_its_output_away()
         for adapter in active:
-            if adapter.reading is not None:
-                result = result + self._branch(adapter, x)
-            elif brief and not adapter.drops:
-                result = adapter.add_briefly(result, self._cast_input_dtype(x, adapter.dtype))
-            else:
-                result = adapter.add_to(result, self._cast_input_dtype(x, adapter.dtype), overwrite=ours)
+            result = self._add(adapter, result, x, overwrite=ours)
         return result if result.dtype == dtype else result.to(dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -210,25 +204,22 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
                 self._called[name][key] = present
         return self.adapters[name]
 
-    def _branch(self, adapter: Adapter, x: Tensor) -> Tensor:
+    def _add(self, adapter: Adapter, result: Tensor, x: Tensor, *, overwrite: bool = False) -> Tensor:
+        """The adapter's branch added, perhaps in the result's memory."""
         if x.is_floating_point():  # and not an embedding's indices
             x = self._cast_input_dtype(x, adapter.dtype)
+        if adapter.reading is None:
+            return adapter.add_to(result, x, overwrite=overwrite)
         branch = adapter(x)
         scale = self._get_embed_scale()  # of embeddings that scale what they have looked up
-        return branch if scale is None else branch * scale.to(branch.dtype)
+        return result + (branch if scale is None else branch * scale.to(branch.dtype))
 
     def _add_by_row(self, result: Tensor, x: Tensor, names: list[str]) -> Tensor:
-        brief = is_brief(result)
         for name, rows in rows_by_adapter(names).items():
-            if name not in self.adapters:
-                continue
-            adapter, index = self._adapter(name), torch.tensor(rows, device=result.device)
-            mine, x_mine = result.index_select(0, index), x.index_select(0, index)
-            if brief and adapter.reading is None and not adapter.drops:
-                mine = adapter.add_briefly(mine, self._cast_input_dtype(x_mine, adapter.dtype))
-            else:
-                mine = mine + self._branch(adapter, x_mine)
-            result.index_copy_(0, index, mine.to(result.dtype))
+            if name in self.adapters:
+                index = torch.tensor(rows, device=result.device)
+                mine = self._add(self._adapter(name), result.index_select(0, index), x.index_select(0, index))
+                result.index_copy_(0, index, mine.to(result.dtype))
         return result
 
     def extra_repr(self) -> str:
