@@ -9,7 +9,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
+from beyondlora.cli import app
 from beyondlora.evaluate import evaluate
 from beyondlora.train import train
 
@@ -198,6 +200,27 @@ def test_a_damaged_or_foreign_folder_is_refused(damage, adapter, runs):
     break_it(adapter)
     with pytest.raises((ValueError, FileNotFoundError), match=f"(?s){message}"):
         evaluate(adapter, data=str(runs / "text.txt"))
+
+
+@pytest.mark.parametrize(
+    ("keep", "error", "message"),
+    [
+        ("answers.jsonl", ValueError, "nothing is asked that could be kept"),
+        (".", IsADirectoryError, "is a folder; name a file"),
+        ("file/answers.jsonl", NotADirectoryError, "file is a file"),
+    ],
+)
+def test_answers_that_could_not_be_kept(keep, error, message, runs, tmp_path, monkeypatch):
+    monkeypatch.setattr("beyondlora.evaluate.load_base", lambda *_: pytest.fail("a model is loaded"))
+    (tmp_path / "file").touch()
+    with pytest.raises(error, match=message):
+        evaluate(runs / "lora", keep=tmp_path / keep)
+
+
+def test_the_command_says_a_static_merge_in_a_sentence(runs):
+    said = CliRunner(env={"COLUMNS": "80"}).invoke(app, ["evaluate", str(runs / "aurora"), "--merged"]).stderr
+    assert said.startswith("Warning: Merging AuroRA folds its static form")
+    assert "UserWarning" not in said
 
 
 def test_folders_that_are_none(tmp_path):

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.metadata
 import json
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -398,6 +399,15 @@ def test_an_output_dir_that_is_a_file_is_refused(recipe, tmp_path):
         train(recipe())
 
 
+def test_an_output_dir_where_nothing_can_be_written_is_refused(recipe, tmp_path, monkeypatch):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(NotADirectoryError, match="run is a file; name another place"):
+        train(recipe(output_dir=str(tmp_path / "run" / "within")))
+    monkeypatch.setattr(os, "access", lambda folder, _mode: folder != tmp_path)
+    with pytest.raises(PermissionError, match=f"{tmp_path} is not writable for you"):
+        train(recipe(output_dir=str(tmp_path / "new" / "run")))
+
+
 BAD = [
     ({"adapter": {"peft_type": "POLY"}}, "POLY wants a task id with every row, which a recipe does not have"),
     ({"adapter": {"peft_type": "XLORA"}}, "XLORA wants trained LoRA adapters to mix"),
@@ -411,7 +421,9 @@ BAD = [
     ({"adapter": {"peft_type": "CERA", "cera_activation": "gelu"}}, r"adapter: .*silu"),
     ({"adapter": {"peft_type": "STELLA", "r": 20, "target_modules": "all-linear"}}, r"adapter: .*k_proj"),
     ({"adapter": {"peft_type": "CERA", "target_modules": ["query"]}}, r"adapter: .*query"),
+    ({"adapter": {"peft_type": "LORA", "modules_to_save": ["zzz"]}}, r"adapter: modules_to_save holds 'zzz'"),
     ({"optim": "adamw_torched"}, r"adamw_torched"),
+    ({"optim": "lomo"}, r"lomo_optim"),
     ({"lr_scheduler_type": "liner"}, r"liner"),
     ({"dataset_name": "nowhere/at/all.txt"}, r"nowhere/at/all\.txt"),
     ({"dataset_name": "HOUSE/sentences.jsonl", "dataset_text_field": "body"}, r"body"),
@@ -426,7 +438,7 @@ def test_bad_input_is_refused_before_training_and_loses_nothing(changes, message
     old = tmp_path / "run"
     old.mkdir()
     (old / "recipe.yaml").write_text("the old run")
-    with pytest.raises((ValueError, FileNotFoundError), match=f"(?s){message}"):
+    with pytest.raises((ValueError, FileNotFoundError, ImportError), match=f"(?s){message}"):
         train(recipe(**changes), overwrite=True)
     assert snapshot(old) == {(old / "recipe.yaml").relative_to(old): b"the old run"}
 

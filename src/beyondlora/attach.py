@@ -29,6 +29,7 @@ from . import processes
 from .models import quiet_transformers
 from .recipe import Recipe
 from .run_folder import replacing
+from .tuner.model import check_modules_to_save
 
 Trained = PeftModel | transformers.PreTrainedModel
 FULL = "FULL"
@@ -127,6 +128,7 @@ def attach(base: Any, config: Any, recipe: Recipe) -> Trained:
     if recipe.gradient_checkpointing:
         base.enable_input_require_grads()
     try:
+        check_modules_to_save(config, base)
         with quiet():
             model: PeftModel = get_peft_model(base, config)
     except BAD_SETTINGS as error:

@@ -106,7 +106,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Measure an adapter: loss, perplexity, accuracy, correlations, what the recipe's metrics ask; with errors."""
-    with _explained():
+    with _explained(), _warnings_said():
         source = recipe or RunFolder(target).recipe
         if set_ and not source.exists():
             raise ValueError(f"--set changes a recipe, and {target} holds none; name one with --recipe.")
@@ -161,7 +161,7 @@ def export(
     target: Annotated[Path, typer.Argument(help="A run folder, or an adapter folder.", metavar="RUN_OR_ADAPTER")],
     to: Annotated[str, typer.Option(help="'lora': a plain LoRA any server loads. 'merged': a whole model.")] = "lora",
     out: Annotated[
-        Path | None, typer.Option(help="The folder to write. Default: RUN_OR_ADAPTER-lora or -merged.")
+        Path | None, typer.Option(help="The folder to write. Default: RUN-lora or -merged, or ADAPTER-lora, beside it.")
     ] = None,
     distil: Annotated[
         str | None,
@@ -187,7 +187,8 @@ def export(
 ) -> None:
     """Write what a server loads: a plain LoRA or a merged model, compared with the live adapter before it counts."""
     with _explained(), _warnings_said():
-        named = target if target.name not in ("", "..") else target.resolve()
+        named = target.parent if RunFolder(target.parent).recipe.exists() else target  # beside the run, not in it
+        named = named if named.name not in ("", "..") else named.resolve()
         folder = out or named.with_name(f"{named.name}-{to}")
         loaded = Recipe.load(recipe) if recipe else None
         from .export import export as write

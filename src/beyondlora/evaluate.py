@@ -21,7 +21,7 @@ from .attach import Trained, check_folder, config_in, holds_model, load_trained
 from .figures import Examination, check_extras
 from .measure import Outcomes, as_dict
 from .recipe import Recipe
-from .run_folder import RunFolder
+from .run_folder import RunFolder, check_writable
 
 TASK_OF_TYPE = {"CAUSAL_LM": "causal-lm"}  # the only PEFT task type that says how a row is to be read
 
@@ -48,14 +48,21 @@ def evaluate(
         on_batch, on_outcomes, keep: see `Examination.measure`.
 
     Returns: a mapping with "metrics" ({name: {value, stderr, n}}) and what they were measured on.
-    Raises: FileNotFoundError, ValueError.
+    Raises: FileNotFoundError, ValueError; IsADirectoryError, NotADirectoryError, PermissionError for `keep`.
     """
     started = time.monotonic()
+    if keep is not None:
+        _check_keep(keep)
     main = PartialState(cpu=device().type == "cpu").is_main_process  # and several processes find each other
     opened = open_target(target, data=data, recipe=recipe)
     recipe, evaluation = opened.recipe, opened.rows()
     check_extras(recipe)
     examination = Examination.of(recipe, opened.processor, evaluation)
+    if keep is not None and not examination.asks:
+        raise ValueError(
+            f"--keep {keep}: nothing is asked that could be kept. It takes metrics that ask questions, or "
+            "lm_eval_tasks, in the recipe (--set 'metrics=[...]'); the loss alone has no answers."
+        )
     base = opened.base()
     examination = examination.begun_with(base, device())
     model = opened.load(base)
@@ -181,6 +188,13 @@ def _label_names(recipe: Recipe, run: RunFolder | None) -> list[str] | None:
         names: list[str] | None = json.loads(run.environment.read_text(encoding="utf-8")).get("label_names")
         return names
     return data_module.read_splits(recipe).label_names
+
+
+def _check_keep(path: Path) -> None:
+    """Raises: IsADirectoryError; see also `check_writable`."""
+    if path.is_dir():
+        raise IsADirectoryError(f"--keep {path} is a folder; name a file.")
+    check_writable(path)
 
 
 def _merge(model: Trained) -> torch.nn.Module:

@@ -75,12 +75,14 @@ class RunFolder:
 
         Raises:
             FileExistsError: a run is here already, or files that are not ours.
+            NotADirectoryError, PermissionError: nothing can be written here.
             ValueError: both flags at once.
         """
         if resume and overwrite:
             raise ValueError("--resume continues the run that is there, --overwrite deletes it: give one of them.")
         if self.path.exists() and not self.path.is_dir():
             raise FileExistsError(f"output_dir {str(self.path)!r} is a file; name a folder.")
+        check_writable(self.recipe)
         strangers = self._strangers()
         if strangers and (overwrite or not self.recipe.exists()):
             raise FileExistsError(
@@ -165,6 +167,21 @@ class RunFolder:
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a place where nothing can be written, before the work whose result would go there.
+
+    Args:
+        path: of a file or folder to be, or to be replaced.
+
+    Raises: NotADirectoryError, PermissionError.
+    """
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise NotADirectoryError(f"{path} cannot be written, because {above} is a file; name another place.")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise PermissionError(f"{path} cannot be written: {above} is not writable for you; name another place.")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -97,6 +97,8 @@ def train(
     base = load_base(recipe, processor, splits.label_names)
     examination = examination and examination.begun_with(base, device())
     model = attach(base, config, recipe)
+    with quiet():
+        Trainer.get_optimizer_cls_and_kwargs(arguments, model)  # raises where its package is missing
 
     if checkpoint is not None:
         _check_same_data(splits, run)

@@ -164,6 +164,7 @@ def test_the_table_and_json(runs, house):
         (["{runs}/lora", "--data", "{house}/none.txt"], "none.txt"),
         (["{runs}/lora", "--out", "{house}"], "holds other files"),
         (["{runs}/lora", "--out", "{house}/text.txt"], "is a file"),
+        (["{runs}/lora", "--out", "{house}/text.txt/below"], "text.txt is a file; name another place"),
         (["{runs}/lora/adapter", "{runs}/other-base", "--data", "{house}/text.txt"], "different base models"),
     ],
 )

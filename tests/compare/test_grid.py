@@ -116,6 +116,7 @@ def test_plain_lists_are_grids_and_underscored_ones_are_paired():
         ({"learning_rate": []}, "empty list"),
         ({"methods": {}}, "methods is missing"),
         ({"methods": {"LoRA": "LORA"}}, "give an adapter block"),
+        ({"methods": {1: {"peft_type": "LORA"}}}, "1 is a int, and a name is text; quote it"),
         ({"methods": {"a b": {"peft_type": "LORA"}, "a-b": {"peft_type": "LORA"}}}, "share the folder a-b-lr0.001"),
         ({"methods": {"x": {"peft_type": "LORA", "_r": [1, 2], "_lora_alpha": [1]}}}, "_r: 2, _lora_alpha: 1"),
         (

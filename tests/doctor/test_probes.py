@@ -1,6 +1,7 @@
 """The probes: each can fail, each answer that the documents print is what comes out here."""
 
 import copy
+import random
 import re
 from pathlib import Path
 
@@ -73,6 +74,16 @@ def _random(layer, x, *args, **kwargs):
     return result + sum(adapter(x) for adapter in layer._active()) * torch.rand(())
 
 
+def _other_every_time(layer, x, *args, **kwargs):
+    result = layer.base_layer(x, *args, **kwargs)
+    return result + sum(adapter(x) for adapter in layer._active()) * random.random()
+
+
+def _other_without_gradients(layer, x, *args, **kwargs):
+    result = layer.base_layer(x, *args, **kwargs)
+    return result + sum(adapter(x) for adapter in layer._active()) * torch.rand(2)[int(torch.is_grad_enabled())]
+
+
 def _the_active_one_for_all(layer, x, *args, adapter_names=None, **kwargs):
     return _one_adapter_only(layer, x)
 
@@ -91,7 +102,8 @@ def _with_a_break(layer, x, *args, **kwargs):
     ("feature", "forward", "state"),
     [
         ("train", _without_effect, "refused"),  # there is no gradient
-        ("ckpt", _random, "wrong"),
+        ("ckpt", _other_every_time, "wrong"),
+        ("ckpt", _other_without_gradients, "wrong"),
         ("compile", _with_a_break, "refused"),
         ("save", _random, "wrong"),
         ("several", _without_effect, "wrong"),

@@ -383,6 +383,12 @@ def lora():
     return trained(LoraConfig(r=2, target_modules=TARGETS))
 
 
+def disabled():
+    model = stella()
+    model.base_model.disable_adapter_layers()
+    return model
+
+
 def convolution():
     config = beyondlora.StellaConfig(r=2, target_modules=["0"])
     return get_peft_model(nn.Sequential(nn.Conv2d(3, 4, 2)), config)
@@ -392,6 +398,7 @@ REFUSALS = {
     "no base model": (stella, {"base_model": None}, "pass base_model"),
     "several active": (several, {}, r"choose the one to export: model\.set_adapter"),
     "merged": (merged, {}, r"model\.unmerge_adapter"),
+    "disabled": (disabled, {}, "adapters are disabled"),
     "not finite": (broken, {}, "not finite"),
     "a trained head": (lambda: stella(modules_to_save=["lm_head"]), {}, r"modules_to_save.*--to merged"),
     "biases": (lambda: stella(bias="all"), {}, r"bias='all'.*--to merged"),
@@ -417,6 +424,12 @@ def test_what_no_plain_lora_can_be(case, tmp_path):
     with pytest.raises(ValueError, match=message):
         beyondlora.export_lora(make(), tmp_path / "lora", **{"base_model": BASE, **options})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_where_nothing_can_be_written_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match="file is a file; name another place"):
+        beyondlora.export_lora(stella(), tmp_path / "file" / "lora", base_model=BASE)
 
 
 def test_a_bare_model_is_no_adapter(tmp_path):

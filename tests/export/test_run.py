@@ -190,7 +190,16 @@ def test_the_command_says_what_was_lost_and_how_to_serve(exported, tmp_path):
     assert type(PeftModel.from_pretrained(base, str(tmp_path / "lora")).peft_config["default"]) is LoraConfig
 
 
-@pytest.mark.parametrize(("place", "target"), [("", "runs/stella"), ("runs/stella", "."), ("runs/stella/last", "..")])
+@pytest.mark.parametrize(
+    ("place", "target"),
+    [
+        ("", "runs/stella"),
+        ("runs/stella", "."),
+        ("runs/stella/last", ".."),
+        ("", "runs/stella/last"),
+        ("runs/stella", "adapter"),
+    ],
+)
 def test_the_default_folder_stands_beside_the_run(place, target, exported, tmp_path, monkeypatch):
     run = shutil.copytree(exported / "stella", tmp_path / "runs" / "stella")
     monkeypatch.chdir(tmp_path / place)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from beyondlora import CeraConfig, StellaConfig
+from beyondlora.adapters.aurora import StaticAuroraAdapter
 from beyondlora.manifold import distance_to_stiefel
 from beyondlora.manifold.linear import StiefelLinear
 from beyondlora.tuner.base_layers import reading_of
@@ -205,3 +206,10 @@ def test_weights_that_are_elsewhere_are_not_read_as_if_they_were_here():
     adapter.down.weight = nn.Parameter(torch.empty_like(adapter.down.weight, device="meta"))
     with pytest.raises(ValueError, match="have been offloaded"):
         adapter(torch.randn(2, 4, 5))
+
+
+def test_a_static_form_reads_no_weights_that_are_elsewhere():
+    adapter = StaticAuroraAdapter(4, 3, 2)
+    adapter.down.weight = nn.Parameter(torch.empty_like(adapter.down.weight, device="meta"))
+    with pytest.raises(ValueError, match="have been offloaded"):
+        adapter(torch.randn(2, 4))

@@ -11,6 +11,7 @@ from methods import METHODS, every_method, since_peft_0_21
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import MambaConfig, MambaForCausalLM
 
 from beyondlora import AuroraConfig, CeraConfig, StellaConfig
 from beyondlora.manifold import distance_to_stiefel
@@ -449,6 +450,21 @@ def test_the_projection_that_attention_never_calls_is_refused():
         ValueError, match=r"out_proj: nn.MultiheadAttention reads this layer's weight and never calls it"
     ):
         get_peft_model(base, CeraConfig(target_modules=["out_proj"]))
+
+
+@pytest.mark.parametrize("name", ["mixer.out_proj", "mixer.conv1d"])
+def test_what_fused_kernels_read_and_never_call_is_refused(name):
+    config = MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, state_size=4)
+    with pytest.raises(ValueError, match=rf"layers\.0\.{name}: the fused kernels of mamba read this layer's weight"):
+        get_peft_model(MambaForCausalLM(config), CeraConfig(target_modules=[name.rpartition(".")[2]]))
+    assert layers(get_peft_model(MambaForCausalLM(config), CeraConfig(r=2, target_modules=["in_proj", "x_proj"])))
+
+
+@every_method
+def test_a_module_to_save_that_does_not_exist_is_refused(method):
+    with pytest.raises(ValueError, match=r"modules_to_save holds 'lm_haed'.* did you mean 'lm_head'\?"):
+        adapted(method, modules_to_save=["embed_tokens", "lm_haed"])
+    adapted(method, modules_to_save=["embed_tokens", "model.lm_head"])  # base_model.model.lm_head
 
 
 def test_lora_is_left_alone():

@@ -145,13 +145,17 @@ class Adapter(nn.Module):
         """
         if self.reading is None:
             return self.down(x_TN) if weight_RN is None else F.linear(x_TN, weight_RN)
+        self.check_here(x_TN)
+        return self.reading.read(x_TN, self.down.weight if weight_RN is None else weight_RN)
+
+    def check_here(self, x_TN: Tensor) -> None:
+        """Raise a ValueError where the down-projection's weight is elsewhere, for what reads it and calls no module."""
         if self.down.weight.is_meta and not x_TN.is_meta:
             raise ValueError(
                 "The adapter's weights have been offloaded, by accelerate for example, and come back when the modules "
-                "that hold them are called. Beside convolutions and embeddings they are read and no module is called: "
-                "keep these layers on a device (device_map)."
+                "that hold them are called. Beside convolutions and embeddings, and in a static form, they are read "
+                "and no module is called: keep these layers on a device (device_map)."
             )
-        return self.reading.read(x_TN, self.down.weight if weight_RN is None else weight_RN)
 
     def write(self, y_TM: Tensor) -> Tensor:
         """Give (..., M) the layout of the layer's output."""

@@ -238,6 +238,7 @@ class StaticAuroraAdapter(AuroraAdapter):
 
     def hidden(self, x_TN: Tensor) -> Tensor:
         """σ(A) x, (..., R)."""
+        self.check_here(x_TN)
         return self.read(self.dropout(x_TN), self.static_down_weight())
 
     hidden_fused = hidden_briefly = hidden

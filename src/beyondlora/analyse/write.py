@@ -7,7 +7,7 @@ from typing import Any
 
 from ..curves import can_draw
 from ..progress import Progress
-from ..run_folder import write_json, write_text
+from ..run_folder import check_writable, write_json, write_text
 from .pictures import draw_all
 from .summary import FIGURES
 
@@ -23,6 +23,7 @@ def check_out(out: Path) -> None:
         raise FileExistsError(f"--out {out} is a file; name a folder.")
     if out.is_dir() and any(out.iterdir()) and not (out / RESULT).exists():
         raise FileExistsError(f"--out {out} holds other files; name a new folder, or that of an earlier analysis.")
+    check_writable(out / RESULT)
 
 
 def write(out: Path, result: dict[str, Any], progress: Progress) -> None:

@@ -274,6 +274,8 @@ def _keys(adapter: Mapping[str, Any]) -> list[str]:
 def _arms(methods: Mapping[str, Any]) -> Iterable[tuple[str, dict[str, Any], str]]:
     """(method, adapter block, arm) of every method at every choice of its block."""
     for method, block in methods.items():
+        if not isinstance(method, str):
+            raise ValueError(f"grid: methods: {method!r} is a {type(method).__name__}, and a name is text; quote it")
         if not isinstance(block, dict):
             raise ValueError(
                 f"grid: methods: {method} holds {block!r}; give an adapter block, as {{peft_type: LORA, r: 8}}"

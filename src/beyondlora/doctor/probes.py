@@ -96,18 +96,27 @@ def train(make: Make, x: Tensor) -> None:
 
 
 def train_with_checkpointing(make: Make, x: Tensor) -> None:
-    """Recomputing the forward pass gives the same gradients."""
-    model = make()
+    """Recomputing the forward pass, by either of torch's ways, gives the same gradients; dropout too."""
+    model = make().train()
+    anchor = torch.zeros((), device=x.device, requires_grad=True)  # a reentrant one wants an input with a gradient
+
+    def forward(x: Tensor, _: Tensor) -> Tensor:
+        output: Tensor = model(x)
+        return output
+
     gradients = []
-    for recomputed in (False, True):
-        output = checkpoint(model, x, use_reentrant=False) if recomputed else model(x)
+    for recompute in ({}, {"use_reentrant": False}, {"use_reentrant": True}):
+        torch.manual_seed(0)
+        output = checkpoint(forward, x, anchor, **recompute) if recompute else forward(x, anchor)
         output.float().square().mean().backward()
         gradients.append([weight.grad.clone() for weight in model.parameters() if weight.grad is not None])
         model.zero_grad()
-    if not gradients[0]:
+    plain, *recomputed = gradients
+    if not plain:
         raise WrongResultError("there are no gradients under checkpointing")
-    for plain, recomputed_one in zip(*gradients, strict=True):  # on a GPU some sums come out by who is first
-        _same(recomputed_one, plain, "a gradient under checkpointing")
+    for way in recomputed:
+        for expected, gradient in zip(plain, way, strict=True):  # on a GPU some sums come out by who is first
+            _same(gradient, expected, "a gradient under checkpointing")
 
 
 def compile_without_breaks(make: Make, x: Tensor) -> None:

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..run_folder import write_json, write_text
+from ..run_folder import check_writable, write_json, write_text
 from ..targets import fits, shortest_targets
 
 RECORD = "export.json"
@@ -140,9 +140,10 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
 
 
 def check_free(folder: Path) -> None:
-    """Refuse to replace anything but an older export. Raises: FileExistsError."""
+    """Refuse to replace anything but an older export. Raises: FileExistsError; see also `check_writable`."""
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / RECORD).exists()):
         raise FileExistsError(f"{folder} holds something that no export wrote; name another folder.")
+    check_writable(folder)
 
 
 def as_text(value: Any) -> str | None:

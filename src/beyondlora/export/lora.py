@@ -146,6 +146,11 @@ def adapted_layers(model: PeftModel) -> Adapted:
     }
     if not adapted:
         _refuse_pefts_own(model.peft_config[active[0]])
+    if any(layer.disable_adapters for layer, _ in adapted.values()):
+        raise ValueError(
+            "The adapters are disabled (as inside model.disable_adapter()), and an export is compared with the live "
+            "adapter: enable them first (leave the block, or model.base_model.enable_adapter_layers())."
+        )
     return adapted
 
 

@@ -20,6 +20,10 @@ from .layer import AdapterLayer
 from .mixed_batch import check_names, handing_out
 from .packing import keep_unpacked
 
+HEADS = {"classifier", "score", "qa_outputs"}  # what PEFT itself adds to modules_to_save, there or not
+MAMBAS = {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"}  # model types
+READ_BY_KERNELS = {"out_proj", "conv1d"}  # of theirs
+
 
 class AdapterModel(BaseTuner):
     """A base model with adapters of one method.
@@ -33,6 +37,7 @@ class AdapterModel(BaseTuner):
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Check every target before the first one is replaced: a refused config leaves the model as it was."""
+        check_modules_to_save(peft_config, model)
         _include_all_linear(peft_config, model)
         targets = self._targets(peft_config, model)
         if not targets and isinstance(peft_config.target_modules, (set, list)):
@@ -168,6 +173,22 @@ class AdapterModel(BaseTuner):
             yield
 
 
+def check_modules_to_save(config: Any, model: nn.Module) -> None:
+    """Refuse a name in modules_to_save that no module has: PEFT trains nothing for it, and says nothing.
+
+    Raises: ValueError.
+    """
+    names = [name for name, _ in model.named_modules() if name]
+    for wanted in getattr(config, "modules_to_save", None) or ():
+        if wanted not in HEADS and not any(f"base_model.model.{name}".endswith(wanted) for name in names):
+            leaves = {name.rpartition(".")[2] for name in names} - {"base_layer"}
+            near = difflib.get_close_matches(wanted.rpartition(".")[2], leaves)
+            hint = f"did you mean {near[0]!r}?" if near else "name modules as model.named_modules() does."
+            raise ValueError(
+                f"modules_to_save holds {wanted!r}, which no module of {type(model).__name__} is called; {hint}"
+            )
+
+
 def _include_all_linear(config: Any, model: nn.Module) -> None:
     """PEFT's "all-linear", without the embeddings and convolutions that have an adapter layer around them already."""
     before = config.target_modules
@@ -193,6 +214,12 @@ def _unsupported(name: str, module: nn.Module, model: nn.Module) -> str | None:
         return (
             f"{name}: nn.MultiheadAttention reads this layer's weight and never calls it, so an adapter would be "
             "without effect; leave it out of target_modules."
+        )
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind in MAMBAS and name.rpartition(".")[2] in READ_BY_KERNELS:
+        return (
+            f"{name}: the fused kernels of {kind} read this layer's weight and never call it, so an adapter would be "
+            "without effect on a GPU; leave it out of target_modules (in_proj, x_proj and the like are called)."
         )
     problem = layer_problem(_base(module))
     return problem and f"{name} is a {type(_base(module)).__name__}: {problem}"
