@@ -96,7 +96,7 @@ def train(
     progress.say(splits.description)
     base = load_base(recipe, processor, splits.label_names)
     examination = examination and examination.begun_with(base, device())
-    model = attach(base, config, recipe)
+    model: Any = attach(base, config, recipe)
     with quiet():
         Trainer.get_optimizer_cls_and_kwargs(arguments, model)  # raises where its package is missing
 
