@@ -71,7 +71,8 @@ def dropped_positions(n: int, p: float) -> Tensor:
         drawn.append(gaps.long().add_(1).cumsum(0).add_(last))
         last = int(drawn[-1][-1])
     positions = torch.cat(drawn) if drawn else torch.empty(0, dtype=torch.int64, device="cpu")
-    return positions[positions < n].to(torch.int32 if n < 2**31 else torch.int64)
+    within = int(torch.searchsorted(positions, n))  # a comparison and its indices take as long as all the rest
+    return positions[:within].to(torch.int32 if n < 2**31 else torch.int64)
 
 
 def kept_entries(like_TN: Tensor, dropped: int) -> Tensor:
