@@ -452,6 +452,22 @@ def test_the_projection_that_attention_never_calls_is_refused():
         get_peft_model(base, CeraConfig(target_modules=["out_proj"]))
 
 
+@every_method
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
+@pytest.mark.parametrize("shape", [(4,), (2, 3)], ids=["rows", "sequences"])
+def test_the_output_can_be_changed_in_place(method, bias, shape):
+    gradients = []
+    for in_place in (True, False):
+        torch.manual_seed(0)
+        base = nn.Sequential(nn.Linear(6, 5, bias=bias), nn.ReLU(inplace=in_place), nn.Linear(5, 4))
+        model = adapted(method, base, r=2, target_modules=["0"], task_type=None, init_lora_weights=False).train()
+        torch.manual_seed(1)
+        model(torch.randn(*shape, 6)).square().sum().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0]
+    torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.parametrize("name", ["mixer.out_proj", "mixer.conv1d"])
 def test_what_fused_kernels_read_and_never_call_is_refused(name):
     config = MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, state_size=4)

@@ -151,7 +151,8 @@ class Beside(torch.autograd.Function):
         ctx.save_for_backward(x_TN, W_MN, A_RN, B_MR, drop.mask, z_TR, kept_TR, *extra, *drawn)
         ctx.low = A_low, B_low
         ctx.scaling, ctx.share, ctx.middle = scaling, drop.share, middle
-        return add_product_(F.linear(x_TN, W_MN, b_M), h_TR, B_low, scaling)
+        # With a bias F.linear gives a view, which nobody could change in place; the alias is none to autograd.
+        return add_product_(F.linear(x_TN, W_MN, b_M), h_TR, B_low, scaling).detach()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
