@@ -113,6 +113,8 @@ def test_evaluate_takes_data_and_how_to_read_it(recipe_file, house, tmp_path):
         (["train"], "RECIPE"),
         (["trane"], "trane"),
         (["doctor", "--set", "seed=1"], "name one"),
+        (["doctor", "RECIPE", "--markdown"], "without a recipe"),
+        (["doctor", "--json", "--markdown"], "without --json"),
         (["doctor", "RECIPE", "--set", "adapter.r=0"], "positive integer"),
     ],
     ids=" ".join,

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from shared_data import REPOSITORY
 
-from beyondlora.recipe import TASKS, Recipe
+from beyondlora.recipe import TASKS, Recipe, warmup_problem
 
 MINIMAL = """\
 task: causal-lm
@@ -267,15 +267,22 @@ def test_overrides_change_fields_adapter_keys_or_the_whole_block(load):
         ("learning_rate", "key=value"),
         ("=3", "key=value"),
         ("learning_rat=1", "did you mean 'learning_rate'"),
-        ("data.name=x", "only the adapter block"),
-        ("adapter.=x", "only the adapter block"),
+        ("r=4", "r is a key of the adapter block; write adapter.r=4"),
+        ("data.name=x", "can be set in the adapter block.*change others in the file"),
+        ("adapter.=x", "can be set in the adapter block"),
         ("adapter={r: 1", "line 1: not valid YAML"),
-        ("seed=1.5", "seed=1.5"),
+        ("seed=1.5", r"\.yaml, with --set seed=1.5: seed=1.5"),
     ],
 )
 def test_a_wrong_override_says_how_it_is_written(load, override, message):
     with pytest.raises(ValueError, match=message):
         load("", override)
+
+
+@pytest.mark.parametrize(("steps", "told"), [(9, True), (10, True), (11, False)])
+def test_a_warmup_that_a_run_does_not_get_through_is_told(load, steps, told):
+    assert bool(warmup_problem(load("warmup_steps: 10"), steps)) is told
+    assert not warmup_problem(load("warmup_steps: 10\nlr_scheduler_type: constant"), steps)
 
 
 def test_a_required_key_may_come_from_an_override(write):

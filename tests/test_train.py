@@ -269,6 +269,57 @@ class Said(Progress):
         self.text += message + "\n"
 
 
+def test_a_warmup_as_long_as_the_run_is_told(recipe):
+    said = Said()
+    train(recipe(max_steps=2, warmup_steps=2), progress=said)
+    assert "warmup_steps=2 in a run of 2: the learning rate stays below 0.01" in said.text
+
+
+def test_weights_that_no_batch_reaches_are_named(recipe, monkeypatch):
+    def with_an_idle_one(*arguments):
+        model = attach(*arguments)
+        model.base_model.register_parameter("idle", torch.nn.Parameter(torch.zeros(1)))
+        return model
+
+    monkeypatch.setattr("beyondlora.train.attach", with_an_idle_one)
+    said = Said()
+    train(recipe(max_steps=2), progress=said)
+    assert said.text.count("1 of 29 trained weights got no gradient from the first batches, as base_model.idle") == 1
+    monkeypatch.undo()
+    train(recipe(max_steps=2), overwrite=True, progress=(usual := Said()))
+    assert "no gradient" not in usual.text
+
+
+@contextlib.contextmanager
+def room_for(size):
+    """No file can grow beyond so many bytes, which is how a full disk looks to a writer."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("size", [8_000, 24_000])  # of an adapter 13 KB, of the optimizer's state 28
+def test_a_full_disk_is_said_and_resumed_from(size, recipe, tmp_path):
+    with room_for(size), pytest.raises(OSError, match=r"could not be written .* make room, .* --resume"):
+        train(recipe())
+    train(recipe(), resume=True)
+    train(recipe(output_dir=str(tmp_path / "other")))
+    assert same_weights(tmp_path / "run" / "last", tmp_path / "other" / "last")
+
+
+def test_an_adapter_of_ours_says_how_it_is_loaded(recipe, tmp_path):
+    train(recipe(max_steps=2, adapter=small_runs.ADAPTERS["stella"]))
+    for folder in ("adapter", "last"):
+        card = (tmp_path / "run" / folder / "README.md").read_text()
+        assert "A stella adapter" in card
+        assert "    import beyondlora\n    from peft import PeftModel\n" in card
+        assert f'from_pretrained(base, "path/to/{folder}")' in card
+
+
 def test_resuming_where_nothing_is_begins_anew(recipe, tmp_path):
     train(recipe(output_dir=str(tmp_path / "one")), resume=True)
     train(recipe(output_dir=str(tmp_path / "two")))
@@ -422,9 +473,11 @@ BAD = [
     ({"adapter": {"peft_type": "STELLA", "r": 20, "target_modules": "all-linear"}}, r"adapter: .*k_proj"),
     ({"adapter": {"peft_type": "CERA", "target_modules": ["query"]}}, r"adapter: .*query"),
     ({"adapter": {"peft_type": "LORA", "modules_to_save": ["zzz"]}}, r"adapter: modules_to_save holds 'zzz'"),
-    ({"optim": "adamw_torched"}, r"adamw_torched"),
+    ({"adapter": {"peft_type": "LORA", "target_modules": "(["}}, r"target_modules='\(\[' is no regular expression"),
+    ({"optim": "adamw_torched"}, r"optim='adamw_torched' is unknown to transformers; did you mean 'adamw_torch'\?"),
     ({"optim": "lomo"}, r"lomo_optim"),
-    ({"lr_scheduler_type": "liner"}, r"liner"),
+    ({"lr_scheduler_type": "liner"}, r"lr_scheduler_type='liner' is unknown to transformers; did you mean 'linear'\?"),
+    ({"lr_scheduler_type": "reduce_lr_on_plateau"}, r"follows evaluations of the Trainer's own"),
     ({"dataset_name": "nowhere/at/all.txt"}, r"nowhere/at/all\.txt"),
     ({"dataset_name": "HOUSE/sentences.jsonl", "dataset_text_field": "body"}, r"body"),
     ({**CLASSES, "dataset_name": "HOUSE/sentences.jsonl", "label_field": "stars"}, r"stars"),

@@ -28,7 +28,8 @@ from peft.utils import load_peft_weights
 from . import processes
 from .models import quiet_transformers
 from .recipe import Recipe
-from .run_folder import replacing
+from .run_folder import replacing, write_text
+from .tuner.config import AdapterConfig
 from .tuner.model import check_modules_to_save
 
 Trained = PeftModel | transformers.PreTrainedModel
@@ -83,11 +84,24 @@ def config_by_name(peft_type: str, settings: dict[str, Any]) -> PeftConfig | Ful
         if key not in known:
             near = _nearest(key, known)
             raise ValueError(f"adapter: {peft_type} has no key {key!r}{near}; its keys are {', '.join(known)}.")
+    for key in ("target_modules", "exclude_modules"):
+        _check_pattern(key, settings.get(key))
     try:
         config: PeftConfig | FullFineTuning = _config_classes()[peft_type](**settings)
     except BAD_SETTINGS as error:
         raise ValueError(f"adapter: {error}") from error
     return config
+
+
+def _check_pattern(key: str, value: Any) -> None:
+    if not isinstance(value, str) or value == "all-linear":
+        return
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(
+            f"adapter: {key}={value!r} is no regular expression ({error}); give one, or a list of names."
+        ) from error
 
 
 def keys_of(peft_type: str) -> list[str]:
@@ -309,8 +323,23 @@ def write_trained(model: Trained, folder: Path, processor: Any) -> None:
     """The same, among what the folder holds already."""
     with quiet():
         model.save_pretrained(str(folder))
-        if not isinstance(model, PeftModel):
-            processor.save_pretrained(str(folder))
+    if isinstance(model, PeftModel):
+        _write_card(model.peft_config[model.active_adapter], folder)
+    else:
+        processor.save_pretrained(str(folder))
+
+
+def _write_card(config: PeftConfig, folder: Path) -> None:
+    """Say how an adapter of ours is loaded, which PEFT's card does not know."""
+    if not isinstance(config, AdapterConfig):
+        return
+    write_text(
+        folder / "README.md",
+        f"---\nbase_model: {config.base_model_name_or_path}\nlibrary_name: peft\ntags:\n- beyondlora\n---\n\n"
+        f"A {config.method} adapter. PEFT learns the method by an import:\n\n"
+        "    import beyondlora\n    from peft import PeftModel\n\n"
+        f'    model = PeftModel.from_pretrained(base, "path/to/{folder.name.removesuffix(".partial")}")\n',
+    )
 
 
 @contextmanager

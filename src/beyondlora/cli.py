@@ -319,6 +319,8 @@ def doctor(
     with _explained():
         if recipe is None and set_:
             raise ValueError("--set changes a recipe; name one.")
+        if as_markdown and (as_json or recipe is not None):
+            raise ValueError("--markdown prints what works here: without a recipe, and without --json.")
         loaded = None if recipe is None else Recipe.load(recipe, set_ or ())
         from . import doctor as examination
 
@@ -346,6 +348,7 @@ def _verdict(found: dict[str, Any]) -> str:
     return (
         f"This recipe runs: {found['trainable_parameters']:,} trainable parameters, {steps}, and the evaluations. "
         f"Training loss of the first step {found['loss_before']:.4f}, of the third {found['loss_after']:.4f}."
+        + "".join(f"\nNote: {note}" for note in found["notes"])
     )
 
 

@@ -230,6 +230,16 @@ def nearest(word: str, known: Sequence[str]) -> str:
     return f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}"
 
 
+def warmup_problem(recipe: Recipe, steps: int) -> str | None:
+    """What to say of a warm-up that a run of so many optimizer steps does not get through; None where it does."""
+    if recipe.warmup_steps < steps or recipe.lr_scheduler_type == "constant":
+        return None
+    return (
+        f"warmup_steps={recipe.warmup_steps} in a run of {steps}: the learning rate stays below "
+        f"{recipe.learning_rate:g} to the end. Make it smaller, or the run longer."
+    )
+
+
 def _check_values(recipe: Recipe) -> None:
     _check_ranges(recipe)
     if recipe.task not in TASKS:
@@ -430,13 +440,14 @@ T = TypeVar("T")
 
 def load(path: Path, overrides: Iterable[str], make: Callable[[dict[str, Any]], T]) -> T:
     """Read a YAML file, apply `key=value` changes, expand variables, make something of it; errors name the file."""
-    values = read_yaml(path)
+    values, overrides = read_yaml(path), list(overrides)
     for override in overrides:
         apply_override(values, override)
     try:
         return make(expand(values, key=""))
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        changed = f", with --set {', '.join(overrides)}" if overrides else ""
+        raise ValueError(f"{path}{changed}: {error}") from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -477,11 +488,17 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         raise ValueError(f"--set {override!r} is not of the form key=value, such as learning_rate=1e-3 or adapter.r=4")
     value = _parse(text, f"--set {override}")
     block, dot, inner = key.partition(".")
+    adapter = values.get("adapter")
+    if not dot and key not in _annotations() and isinstance(adapter, dict) and key in adapter:
+        raise ValueError(f"--set {override!r}: {key} is a key of the adapter block; write adapter.{override}")
     if not dot:
         values[key] = value
         return
     if block != "adapter" or not inner:
-        raise ValueError(f"--set {override!r}: only the adapter block has keys inside it; write adapter.KEY=VALUE")
+        raise ValueError(
+            f"--set {override!r}: a key inside a block can be set in the adapter block, as adapter.KEY=VALUE; change "
+            "others in the file"
+        )
     if not isinstance(values.get(block), dict):
         raise ValueError(f"--set {override!r}: the recipe has no adapter block to change")
     values[block] = {**values[block], inner: value}

@@ -21,7 +21,7 @@ from .figures import Examination
 from .interrupts import Interrupts
 from .measure import Measurements, measure
 from .progress import Progress, in_stretches
-from .recipe import Recipe
+from .recipe import Recipe, warmup_problem
 from .run_folder import RunFolder
 
 
@@ -60,6 +60,8 @@ class Recorder(TrainerCallback):
         """Make good what a kill between a checkpoint and its adapter left undone."""
         if self.best_step and self.best_step == state.global_step:
             self.save(kwargs["model"], self.run.adapter)
+        if told := warmup_problem(self.recipe, state.max_steps):
+            self.progress.say(told)
         self.progress.begin("training", state.max_steps, state.global_step)
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -75,6 +77,12 @@ class Recorder(TrainerCallback):
         """Every batch of this step gave a finite loss: remember the weights that did, unless the gradient is not."""
         weights = {name: weight for name, weight in kwargs["model"].named_parameters() if weight.requires_grad}
         gradients = [processes.part_here(weight.grad) for weight in weights.values() if weight.grad is not None]
+        idle = [name for name, weight in weights.items() if weight.grad is None]
+        if gradients and idle and self.finite is None:  # ZeRO has taken all of them
+            self.progress.say(
+                f"{len(idle)} of {len(weights)} trained weights got no gradient from the first batches, as {idle[0]}: "
+                "the model did not call what they belong to, and what is never called does not learn."
+            )
         largest = get_total_norm(gradients, math.inf)  # an accelerator is waited for once, and not for every gradient
         if processes.anywhere(~largest.to(args.device).isfinite()):
             raise self._stop("the gradient became nan or infinite")

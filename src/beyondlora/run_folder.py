@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 CONTENTS = (
     "recipe.yaml",
@@ -201,6 +202,22 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
+def saying_disk(path: Path) -> Iterator[None]:
+    """Turn what safetensors and torch make of a full disk into an OSError that says so."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        if not any(sign in str(error) for sign in ("while serializing", "inline_container", "iostream error")):
+            raise
+        above = next(folder for folder in path.absolute().parents if folder.exists())
+        free = shutil.disk_usage(above).free / 2**20
+        raise OSError(
+            f"{path} could not be written ({str(error).splitlines()[0]}). {free:,.0f} MiB are free there: make room, "
+            "and give the command again (training goes on with --resume)."
+        ) from error
+
+
+@contextlib.contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
     """Yield a new folder to fill; it takes the name `folder` once the block ends without an error.
 
@@ -212,7 +229,8 @@ def replacing(folder: Path) -> Iterator[Path]:
         shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        yield partial
+        with saying_disk(folder):
+            yield partial
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

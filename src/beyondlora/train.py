@@ -18,6 +18,8 @@ from accelerate.utils import DistributedType, parse_flag_from_env
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments, set_seed
 from transformers.integrations.deepspeed import deepspeed_init, is_deepspeed_zero3_enabled
 from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
 
 from . import curves, data, models
 from .attach import Trained, attach, config_from, count_parameters, load_weights, quiet, resume_refusal, with_weights
@@ -26,9 +28,9 @@ from .figures import Examination, check_extras
 from .interrupts import listening
 from .measure import Measurements, as_dict
 from .progress import Progress
-from .recipe import Recipe
+from .recipe import Recipe, nearest
 from .recorder import Recorder
-from .run_folder import RunFolder, alone_in, environment, refuse_if_busy, write_json, write_text
+from .run_folder import RunFolder, alone_in, environment, refuse_if_busy, saying_disk, write_json, write_text
 
 SAME_NAMES = (  # in a recipe as in TrainingArguments
     "learning_rate",
@@ -142,6 +144,15 @@ def _training_arguments(recipe: Recipe) -> TrainingArguments:
         renamed = {
             "activation_checkpointing": recipe.gradient_checkpointing
         }  # newer transformers warn about the old name
+    for key, known in (("optim", OptimizerNames), ("lr_scheduler_type", SchedulerType)):
+        value, names = getattr(recipe, key), [str(name.value) for name in known]
+        if value not in names:
+            raise ValueError(f"{key}={value!r} is unknown to transformers; {nearest(value, names)}")
+    if recipe.lr_scheduler_type == SchedulerType.REDUCE_ON_PLATEAU:
+        raise ValueError(
+            f"lr_scheduler_type={recipe.lr_scheduler_type!r} follows evaluations of the Trainer's own, and those of a "
+            "run are others; choose another, as 'cosine'."
+        )
     with quiet():
         return TrainingArguments(
             output_dir=str(RunFolder(recipe.output_dir).staging),
@@ -221,7 +232,8 @@ def _fit(
         trainer.remove_callback(PrinterCallback)
         hook = model.register_forward_hook(recorder.check_loss)
         try:
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            with saying_disk(recorder.run.staging):
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         except FloatingPointError:
             recorder.keep_finite(model)
             raise

@@ -32,11 +32,20 @@ def test_epochs_are_counted_in_optimizer_steps(house, tmp_path):
     assert train(recipe(house, tmp_path, **by_epochs))["steps"] == found["steps"]
 
 
-def test_a_finished_run_in_the_output_folder_is_refused(house, tmp_path):
+def test_a_run_in_the_output_folder_is_noted_and_left_alone(house, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "recipe.yaml").write_text("task: causal-lm\n")
-    with pytest.raises(FileExistsError, match="--resume"):
+    assert "--resume or --overwrite" in try_recipe(recipe(house, tmp_path))["notes"][0]
+    assert [entry.name for entry in (tmp_path / "run").iterdir()] == ["recipe.yaml"]
+    (tmp_path / "run" / "mine.txt").touch()
+    (tmp_path / "run" / "recipe.yaml").unlink()
+    with pytest.raises(FileExistsError, match=r"mine\.txt"):
         try_recipe(recipe(house, tmp_path))
+
+
+def test_a_warmup_that_is_too_long_is_noted(house, tmp_path):
+    assert try_recipe(recipe(house, tmp_path))["notes"] == []
+    assert "warmup_steps=12 in a run of 12" in try_recipe(recipe(house, tmp_path, warmup_steps=12))["notes"][0]
 
 
 def test_a_bad_row_far_behind_the_first_batch_is_found(house, tmp_path):

@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import warnings
 
 import pytest
 import small_models
@@ -11,7 +12,14 @@ from methods import METHODS, every_method, since_peft_0_21
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import (
+    JambaConfig,
+    JambaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from beyondlora import AuroraConfig, CeraConfig, StellaConfig
 from beyondlora.manifold import distance_to_stiefel
@@ -468,12 +476,46 @@ def test_the_output_can_be_changed_in_place(method, bias, shape):
     torch.testing.assert_close(*gradients)
 
 
-@pytest.mark.parametrize("name", ["mixer.out_proj", "mixer.conv1d"])
-def test_what_fused_kernels_read_and_never_call_is_refused(name):
-    config = MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, state_size=4)
-    with pytest.raises(ValueError, match=rf"layers\.0\.{name}: the fused kernels of mamba read this layer's weight"):
-        get_peft_model(MambaForCausalLM(config), CeraConfig(target_modules=[name.rpartition(".")[2]]))
-    assert layers(get_peft_model(MambaForCausalLM(config), CeraConfig(r=2, target_modules=["in_proj", "x_proj"])))
+MAMBA = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
+
+
+@pytest.mark.parametrize("name", ["out_proj", "conv1d", "x_proj", "dt_proj"])
+def test_what_mamba_reads_and_does_not_call_is_refused(name):
+    with pytest.raises(ValueError, match=rf"layers\.0\.mixer\.{name}: MambaMixer reads this layer's weight"):
+        get_peft_model(MambaForCausalLM(MambaConfig(**MAMBA)), CeraConfig(target_modules=[name]))
+
+
+@every_method
+def test_every_adapter_of_a_state_space_model_learns(method):
+    read = ["out_proj", "conv1d", "x_proj", "dt_proj"]
+    model = adapted(method, MambaForCausalLM(MambaConfig(**MAMBA)), r=2, exclude_modules=read).train()
+    model(torch.arange(6)[None], labels=torch.arange(6)[None]).loss.backward()
+    assert layers(model).keys() == {"base_model.model.backbone.layers.0.mixer.in_proj"}
+    assert all(weight.grad is not None for weight in model.parameters() if weight.requires_grad)
+
+
+def test_a_state_space_model_that_calls_its_projection_keeps_its_adapter():
+    config = JambaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, attn_layer_offset=1, expert_layer_offset=1, mamba_dt_rank=4, use_mamba_kernels=False,
+    )  # fmt: skip
+    assert layers(get_peft_model(JambaForCausalLM(config), CeraConfig(r=2, target_modules=["out_proj", "x_proj"])))
+    with pytest.raises(ValueError, match=r"dt_proj: JambaMambaMixer reads"):
+        get_peft_model(JambaForCausalLM(config), CeraConfig(r=2, target_modules=["dt_proj"]))
+
+
+@pytest.mark.parametrize(("targets", "warned"), [("all-linear", 1), (["q_proj", "w1"], 1), (["q_proj", "v_proj"], 0)])
+def test_experts_that_get_no_adapter_are_told(targets, warned):
+    config = MixtralConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=3,
+    )  # fmt: skip
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        get_peft_model(MixtralForCausalLM(config), StellaConfig(r=2, target_modules=targets))
+    told = [str(warning.message) for warning in said if "experts are no layers" in str(warning.message)]
+    assert len(told) == warned
+    assert all("gate_up_proj" in sentence for sentence in told)
 
 
 @every_method

@@ -1,11 +1,14 @@
 """TRL's SFTTrainer with each config: `peft_config=` is all a user changes, on a quantised base too."""
 
+import math
+
 import pytest
 import torch
 from datasets import Dataset
 from methods import one_of_each_paper
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from beyondlora import StellaConfig
 from beyondlora.manifold import distance_to_stiefel
 from beyondlora.manifold.linear import StiefelLinear
 
@@ -61,3 +64,22 @@ def test_sfttrainer_takes_each_config(method, quantised, house, tmp_path):
     for factor in (m for m in trainer.model.modules() if isinstance(m, StiefelLinear)):
         assert factor.weight.dtype == torch.float32
         assert distance_to_stiefel(factor.orthonormal) < 2e-6
+
+
+@pytest.mark.parametrize(("start", "is_reference"), [("zero", True), (True, False)])
+def test_a_policy_starts_as_its_reference_only_from_zero(start, is_reference, house, tmp_path):
+    """DPO's reference is the model with its adapter disabled; its loss is ln 2 where the two agree."""
+    rows = Dataset.from_dict({"prompt": ["a "] * 4, "chosen": ["cat sat"] * 4, "rejected": ["dog ran"] * 4})
+    trainer = trl.DPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(house / "base", dtype=torch.float32),
+        args=trl.DPOConfig(
+            output_dir=str(tmp_path), use_cpu=True, bf16=False, max_steps=1, logging_steps=1, report_to="none",
+            save_strategy="no", disable_tqdm=True, per_device_train_batch_size=4,
+        ),
+        train_dataset=rows,
+        processing_class=AutoTokenizer.from_pretrained(house / "base"),
+        peft_config=StellaConfig(target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=start),
+    )  # fmt: skip
+    trainer.train()
+    first = trainer.state.log_history[0]["loss"]
+    assert (first == pytest.approx(math.log(2), abs=1e-4)) is is_reference

@@ -136,7 +136,7 @@ def metric_named(name: str | None, recipe: Recipe) -> Metric:
         known |= {metric.name: metric for metric in _of_harness(recipe)}
     if name not in known:
         raise ValueError(
-            f"grid: metric {name!r} is not measured for {recipe.task}; {nearest(name, list(known))} What else there "
+            f"grid: metric {name!r} is not measured for {recipe.task}; {nearest(name, list(known))}. What else there "
             "is, a recipe asks for by metrics:, forgetting_dataset_name: and lm_eval_tasks:."
         )
     return known[name]

@@ -7,7 +7,7 @@ from typing import Any
 from .. import data, models
 from ..attach import config_from
 from ..progress import Progress
-from ..recipe import Recipe
+from ..recipe import Recipe, warmup_problem
 from ..run_folder import RunFolder
 from ..train import train
 
@@ -21,12 +21,14 @@ def try_recipe(recipe: Recipe, progress: Progress | None = None) -> dict[str, An
     The run's own output_dir is looked at and left alone.
 
     Returns: steps (of the whole run), seconds_per_step, seconds (of the steps; evaluations come on top), loss_before
-        and loss_after (training loss of the first and the last step tried), trainable_parameters, data.
+        and loss_after (training loss of the first and the last step tried), trainable_parameters, data, notes.
     Raises: whatever the training itself would raise: ValueError, OSError, FloatingPointError.
     """
     progress = progress or Progress()
     config_from(recipe)
-    RunFolder(recipe.output_dir).claim(resume=False, overwrite=False)
+    run = RunFolder(recipe.output_dir)
+    begun = run.recipe.exists()
+    run.claim(resume=begun, overwrite=False)
     rows = _training_rows(recipe)
     with tempfile.TemporaryDirectory(prefix="beyondlora-trial-") as folder:
         short = recipe.replace(
@@ -43,6 +45,7 @@ def try_recipe(recipe: Recipe, progress: Progress | None = None) -> dict[str, An
         steps = [row for row in RunFolder(short.output_dir).rows() if "loss" in row]
     per_step = steps[1]["seconds"] - steps[0]["seconds"]  # neither the first, which warms up, nor the last, which saves
     total = _steps(recipe, rows)
+    held = f"output_dir {recipe.output_dir!r} holds a run: train it with --resume or --overwrite, or elsewhere."
     return {
         "steps": total,
         "seconds_per_step": per_step,
@@ -51,6 +54,7 @@ def try_recipe(recipe: Recipe, progress: Progress | None = None) -> dict[str, An
         "loss_after": steps[-1]["loss"],
         "trainable_parameters": summary["trainable_parameters"],
         "data": summary["data"],
+        "notes": [held] * begun + list(filter(None, [warmup_problem(recipe, total)])),
     }
 
 

@@ -81,7 +81,9 @@ class AdapterConfig(PeftConfig):
     fan_in_fan_out: bool = option(
         "The layer stores (in, out), like GPT-2's Conv1D (found out by itself).", default=False
     )
-    init_lora_weights: bool | str = option("True: the method's own start. False: random, not a no-op.", default=True)
+    init_lora_weights: bool | str = option(
+        "True: the method's own start. False: random, no start from the base model's outputs.", default=True
+    )
     trainable_token_indices: list[int] | dict[str, list[int]] | None = option(
         "Embedding rows to train as well.", default=None
     )

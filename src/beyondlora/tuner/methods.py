@@ -134,7 +134,8 @@ class StellaConfig(AdapterConfig):
     lora_alpha: float | None = option("Scaling numerator: s = lora_alpha / r. None means s = 1.", default=8)
     init_lora_weights: bool | Literal["rando", "zero", "svd_major", "svd_minor"] = option(
         "True or 'rando': random orthonormal U and V, S = I; 'zero': the same with S = 0; 'svd_major', 'svd_minor': "
-        "leading, trailing singular vectors of the base weight.",
+        "leading, trailing singular vectors of the base weight. Only with 'zero' does training start from the base "
+        "model's outputs, which DPO and its like take for granted.",
         default=True,
     )
     stella_retraction: Literal["polar", "exp_map"] = option("The way back to the manifold.", default="polar")

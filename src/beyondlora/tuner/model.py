@@ -2,6 +2,9 @@
 
 import dataclasses
 import difflib
+import inspect
+import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,8 +24,8 @@ from .mixed_batch import check_names, handing_out
 from .packing import keep_unpacked
 
 HEADS = {"classifier", "score", "qa_outputs"}  # what PEFT itself adds to modules_to_save, there or not
-MAMBAS = {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"}  # model types
-READ_BY_KERNELS = {"out_proj", "conv1d"}  # of theirs
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # what configs call their number
+OF_EXPERTS = {"gate_up_proj", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 
 
 class AdapterModel(BaseTuner):
@@ -38,7 +41,9 @@ class AdapterModel(BaseTuner):
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Check every target before the first one is replaced: a refused config leaves the model as it was."""
         check_modules_to_save(peft_config, model)
+        all_linear = peft_config.target_modules == "all-linear"
         _include_all_linear(peft_config, model)
+        _warn_of_experts(peft_config, model, all_linear=all_linear)
         targets = self._targets(peft_config, model)
         if not targets and isinstance(peft_config.target_modules, (set, list)):
             _refuse_unmatched(sorted(peft_config.target_modules), model)
@@ -215,14 +220,43 @@ def _unsupported(name: str, module: nn.Module, model: nn.Module) -> str | None:
             f"{name}: nn.MultiheadAttention reads this layer's weight and never calls it, so an adapter would be "
             "without effect; leave it out of target_modules."
         )
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    if kind in MAMBAS and name.rpartition(".")[2] in READ_BY_KERNELS:
+    if _is_read(name.rpartition(".")[2], parent):
         return (
-            f"{name}: the fused kernels of {kind} read this layer's weight and never call it, so an adapter would be "
-            "without effect on a GPU; leave it out of target_modules (in_proj, x_proj and the like are called)."
+            f"{name}: {type(parent).__name__} reads this layer's weight, at least in its fused kernels, and does not "
+            "call it, so an adapter would be without effect; leave it out of target_modules, or name it in "
+            "exclude_modules."
         )
     problem = layer_problem(_base(module))
     return problem and f"{name} is a {type(_base(module)).__name__}: {problem}"
+
+
+def _is_read(name: str, parent: nn.Module) -> bool:
+    """Whether a state space layer (one with a matrix A, as Mamba's) reads the weight of one of its projections.
+
+    Which ones differs from model to model; PEFT knows two names and five models.
+    """
+    if not hasattr(parent, "A_log"):
+        return False
+    try:
+        source = inspect.getsource(type(parent))
+    except (OSError, TypeError):  # a class without a file
+        return name != "in_proj"
+    return re.search(rf"self\.{name}\.weight\b(?!\.(?:device|dtype))", source) is not None
+
+
+def _warn_of_experts(config: Any, model: nn.Module, *, all_linear: bool) -> None:
+    """transformers holds the weights of all experts in one parameter: there is no layer for an adapter beside it."""
+    about: Any = getattr(model, "config", None)
+    about = about.get_text_config() if hasattr(about, "get_text_config") else about
+    counts = {getattr(about, name, None) for name in EXPERTS} - {None}
+    left_out = [n for n, weight in model.named_parameters() if weight.dim() == 3 and weight.shape[0] in counts]
+    wanted = config.target_modules if isinstance(config.target_modules, (set, list)) else ()
+    if left_out and (all_linear or any(name.rpartition(".")[2] in OF_EXPERTS for name in wanted)):
+        warnings.warn(
+            f"This model's experts are no layers but parameters, as {left_out[0]}, and get no adapter: they stay "
+            "frozen. PEFT's LoRA adapts them (target_parameters), so beside it this adapter has fewer layers.",
+            stacklevel=2,
+        )
 
 
 def _refuse_unmatched(targets: list[str], model: nn.Module) -> None:
