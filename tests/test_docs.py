@@ -54,8 +54,8 @@ def test_make_targets_exist(command):
 @pytest.mark.parametrize("command", [c for _, c in commands() if c.startswith("pip install")])
 def test_what_the_documents_install_is_what_the_package_offers(command):
     offered = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
-    extras = re.search(r"beyondlora\[(.*?)\]", command)
-    assert "beyondlora" in command
+    extras = re.search(r"(?:beyondlora|\.)\[(.*?)\]", command)
+    assert extras or "beyondlora" in command
     assert not extras or set(extras[1].split(",")) <= set(offered)
 
 

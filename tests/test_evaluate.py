@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from beyondlora.cli import app
 from beyondlora.evaluate import evaluate
+from beyondlora.recipe import Recipe
 from beyondlora.train import train
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -213,8 +214,11 @@ def test_a_damaged_or_foreign_folder_is_refused(damage, adapter, runs):
 def test_answers_that_could_not_be_kept(keep, error, message, runs, tmp_path, monkeypatch):
     monkeypatch.setattr("beyondlora.evaluate.load_base", lambda *_: pytest.fail("a model is loaded"))
     (tmp_path / "file").touch()
+    recipe = Recipe.load(runs / "lora" / "recipe.yaml")
+    if error is not ValueError:
+        monkeypatch.setattr(Recipe, "asks", True)
     with pytest.raises(error, match=message):
-        evaluate(runs / "lora", keep=tmp_path / keep)
+        evaluate(runs / "lora", recipe=recipe, keep=tmp_path / keep)
 
 
 def test_the_command_says_a_static_merge_in_a_sentence(runs):

@@ -51,18 +51,14 @@ def evaluate(
     Raises: FileNotFoundError, ValueError; IsADirectoryError, NotADirectoryError, PermissionError for `keep`.
     """
     started = time.monotonic()
-    if keep is not None:
-        _check_keep(keep)
     main = PartialState(cpu=device().type == "cpu").is_main_process  # and several processes find each other
     opened = open_target(target, data=data, recipe=recipe)
-    recipe, evaluation = opened.recipe, opened.rows()
+    recipe = opened.recipe
+    if keep is not None:
+        _check_keep(keep, recipe)
+    evaluation = opened.rows()
     check_extras(recipe)
     examination = Examination.of(recipe, opened.processor, evaluation)
-    if keep is not None and not examination.asks:
-        raise ValueError(
-            f"--keep {keep}: nothing is asked that could be kept. It takes metrics that ask questions, or "
-            "lm_eval_tasks, in the recipe (--set 'metrics=[...]'); the loss alone has no answers."
-        )
     base = opened.base()
     examination = examination.begun_with(base, device())
     model = opened.load(base)
@@ -190,8 +186,13 @@ def _label_names(recipe: Recipe, run: RunFolder | None) -> list[str] | None:
     return data_module.read_splits(recipe).label_names
 
 
-def _check_keep(path: Path) -> None:
-    """Raises: IsADirectoryError; see also `check_writable`."""
+def _check_keep(path: Path, recipe: Recipe) -> None:
+    """Raises: ValueError, IsADirectoryError; see also `check_writable`."""
+    if not recipe.asks:
+        raise ValueError(
+            f"--keep {path}: nothing is asked that could be kept. It takes metrics or lm_eval_tasks in the recipe "
+            "(--set 'metrics=[...]'); the loss alone has no answers."
+        )
     if path.is_dir():
         raise IsADirectoryError(f"--keep {path} is a folder; name a file.")
     check_writable(path)

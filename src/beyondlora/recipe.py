@@ -192,6 +192,11 @@ class Recipe:
         finally:
             temporary.unlink(missing_ok=True)
 
+    @property
+    def asks(self) -> bool:
+        """Whether the model answers anything, beside the loss that its rows have."""
+        return bool(self.metrics or self.lm_eval_tasks)
+
     def replace(self, **changes: Any) -> Recipe:
         """A copy with some fields changed, checked again."""
         return Recipe.from_mapping({**_as_mapping(self), **changes})

@@ -14,6 +14,7 @@ from collections.abc import Callable, Generator, Sequence
 from multiprocessing import connection
 from typing import Any
 
+from .interrupts import held_back
 from .progress import Progress
 
 NOT_BEGUN = -1  # in place of the number of steps taken
@@ -62,9 +63,10 @@ def side_by_side(
                 number = waiting.pop()
                 receiver, sender = context.Pipe(duplex=False)
                 process = context.Process(target=_work, args=(sender, steps, number, function, tasks[number]))
-                process.start()
-                sender.close()
-                running[receiver] = (number, process)
+                with held_back():  # a worker that is begun and not yet known could not be ended
+                    process.start()
+                    sender.close()
+                    running[receiver] = (number, process)
             for receiver in connection.wait(list(running), timeout=0.5):
                 number, process = running.pop(receiver)
                 yield number, _result(receiver, process, begun=steps[number] != NOT_BEGUN)

@@ -220,6 +220,28 @@ def _perhaps_killed(die, _progress):
     return "alive"
 
 
+def test_a_worker_that_ctrl_c_finds_being_begun_is_ended(monkeypatch):
+    from beyondlora.workers import side_by_side
+
+    begun = []
+
+    def start(process):
+        begun.append(process)
+        original(process)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    kind = multiprocessing.get_context("forkserver").Process
+    original = kind.start
+    monkeypatch.setattr(kind, "start", start)
+    with pytest.raises(KeyboardInterrupt):
+        list(side_by_side(_asleep, [(60,)]))
+    assert begun[0].exitcode == -signal.SIGTERM
+
+
+def _asleep(seconds, _progress):
+    time.sleep(seconds)
+
+
 def test_a_script_without_the_guard_of_its_own_start_is_told_so(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(

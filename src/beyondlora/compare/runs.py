@@ -157,7 +157,8 @@ def _measured(run: Run, test: HeldOut, progress: Progress) -> Line:
     folder, kept = RunFolder(run.recipe.output_dir), list[Outcomes]()
     summary = train(run.recipe, resume=True, progress=progress)
     recipe = run.recipe.replace(max_eval_samples=test.max_samples)
-    tested = evaluate(folder.path, data=test.path, recipe=recipe, on_outcomes=kept.append, keep=folder.test_generations)
+    answers = folder.test_generations if recipe.asks else None
+    tested = evaluate(folder.path, data=test.path, recipe=recipe, on_outcomes=kept.append, keep=answers)
     if tested["data_sha256"] != test.sha256:
         raise ValueError(f"the test rows in {test.path} have changed since the comparison began")
     outcomes = {name: values.astype(float) for name, values in kept[0].items()}

@@ -70,11 +70,6 @@ class Examination:
         return dataclasses.replace(self, corpus=corpus)
 
     @property
-    def asks(self) -> bool:
-        """Whether there are answers that `measure` could keep."""
-        return bool(self.rows.questions) or self.harness is not None
-
-    @property
     def counts(self) -> dict[str, int]:
         """Rows with a loss, questions, blocks of the second corpus; by the name of its figure, rows of the harness."""
         corpus = 0 if self.corpus is None else len(self.corpus.rows.rows)
