@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import pytest
 import small_runs
@@ -126,6 +127,16 @@ def test_bad_input_is_a_sentence_and_exit_code_2(arguments, message, recipe_file
     assert message in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+def test_warnings_are_sentences_said_at_once(recipe_file, monkeypatch):
+    def train(*_arguments, **_options):
+        for _ in range(2):
+            warnings.warn("This is [red]said[/red] once.", stacklevel=2)
+        raise ValueError("after it")
+
+    monkeypatch.setattr("beyondlora.train.train", train)
+    assert call("train", recipe_file()).stderr == "Warning: This is [red]said[/red] once.\nError: after it\n"
 
 
 def test_an_error_stands_alone():

@@ -72,7 +72,7 @@ def train(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run in output_dir first.")] = False,
 ) -> None:
     """Fine-tune a model by a recipe, into the run folder output_dir."""
-    with _explained():
+    with _explained(), _warnings_said():
         loaded = Recipe.load(recipe, set_ or ())
         with _resumable(loaded):
             from . import train as training
@@ -397,14 +397,18 @@ def _bar(progress: "Progress", what: str = "evaluating") -> Iterator[Any]:
 
 @contextmanager
 def _warnings_said() -> Iterator[None]:
-    """Show our own warnings as sentences, without the line of source they come from."""
-    with warnings.catch_warnings(record=True) as caught:
+    """Show our own warnings as sentences, each once, without the line of source they come from."""
+    said = set[str]()
+
+    def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+        if category is UserWarning and str(message) not in said:
+            said.add(str(message))
+            _say(f"Warning: {message}")
+
+    with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
-        try:
-            yield
-        finally:
-            for message in dict.fromkeys(str(warning.message) for warning in caught if warning.category is UserWarning):
-                _say(f"Warning: {message}")
+        warnings.showwarning = show
+        yield
 
 
 def _say(message: str) -> None:

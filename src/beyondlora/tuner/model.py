@@ -41,7 +41,7 @@ class AdapterModel(BaseTuner):
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Check every target before the first one is replaced: a refused config leaves the model as it was."""
         check_modules_to_save(peft_config, model)
-        all_linear = peft_config.target_modules == "all-linear"
+        all_linear = str(peft_config.target_modules).lower() == "all-linear"
         _include_all_linear(peft_config, model)
         _warn_of_experts(peft_config, model, all_linear=all_linear)
         targets = self._targets(peft_config, model)
