@@ -20,6 +20,7 @@ from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
 )
+from transformers.models.mamba.modeling_mamba import MambaMixer
 
 from beyondlora import AuroraConfig, CeraConfig, StellaConfig
 from beyondlora.manifold import distance_to_stiefel
@@ -477,6 +478,16 @@ def test_the_output_can_be_changed_in_place(method, bias, shape):
 
 
 MAMBA = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
+
+
+def test_what_a_layer_has_inherited_is_seen_too():
+    class Mine(MambaMixer):
+        pass
+
+    base = MambaForCausalLM(MambaConfig(**MAMBA))
+    base.backbone.layers[0].mixer = Mine(MambaConfig(**MAMBA), 0)
+    with pytest.raises(ValueError, match=r"mixer\.dt_proj: Mine reads"):
+        get_peft_model(base, CeraConfig(target_modules=["dt_proj"]))
 
 
 @pytest.mark.parametrize("name", ["out_proj", "conv1d", "x_proj", "dt_proj"])

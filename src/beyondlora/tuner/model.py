@@ -237,11 +237,12 @@ def _is_read(name: str, parent: nn.Module) -> bool:
     """
     if not hasattr(parent, "A_log"):
         return False
+    kinds = type(parent).__mro__[: -len(nn.Module.__mro__)]
     try:
-        source = inspect.getsource(type(parent))
+        source = "".join(map(inspect.getsource, kinds))
     except (OSError, TypeError):  # a class without a file
         return name != "in_proj"
-    return re.search(rf"self\.{name}\.weight\b(?!\.(?:device|dtype))", source) is not None
+    return re.search(rf"self\.{re.escape(name)}\.weight\b(?!\.(?:device|dtype))", source) is not None
 
 
 def _warn_of_experts(config: Any, model: nn.Module, *, all_linear: bool) -> None:
