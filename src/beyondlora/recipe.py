@@ -493,10 +493,10 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         raise ValueError(f"--set {override!r} is not of the form key=value, such as learning_rate=1e-3 or adapter.r=4")
     value = _parse(text, f"--set {override}")
     block, dot, inner = key.partition(".")
-    adapter = values.get("adapter")
-    if not dot and key not in _annotations() and isinstance(adapter, dict) and key in adapter:
-        raise ValueError(f"--set {override!r}: {key} is a key of the adapter block; write adapter.{override}")
     if not dot:
+        adapter = values.get("adapter")
+        if isinstance(adapter, dict) and key in adapter and key not in _annotations():
+            raise ValueError(f"--set {override!r}: {key} is a key of the adapter block; write adapter.{override}")
         values[key] = value
         return
     if block != "adapter" or not inner:

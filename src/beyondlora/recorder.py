@@ -77,12 +77,8 @@ class Recorder(TrainerCallback):
         """Every batch of this step gave a finite loss: remember the weights that did, unless the gradient is not."""
         weights = {name: weight for name, weight in kwargs["model"].named_parameters() if weight.requires_grad}
         gradients = [processes.part_here(weight.grad) for weight in weights.values() if weight.grad is not None]
-        idle = [name for name, weight in weights.items() if weight.grad is None]
-        if gradients and idle and self.finite is None:  # ZeRO has taken all of them
-            self.progress.say(
-                f"{len(idle)} of {len(weights)} trained weights got no gradient from the first batches, as {idle[0]}: "
-                "the model did not call what they belong to, and what is never called does not learn."
-            )
+        if self.finite is None:
+            self._say_what_is_idle(weights)
         largest = get_total_norm(gradients, math.inf)  # an accelerator is waited for once, and not for every gradient
         if processes.anywhere(~largest.to(args.device).isfinite()):
             raise self._stop("the gradient became nan or infinite")
@@ -92,6 +88,14 @@ class Recorder(TrainerCallback):
             kept = {name: torch.empty_like(weight) for name, weight in trained.items()}
         torch._foreach_copy_(list(kept.values()), list(trained.values()))
         self.finite = (state.global_step, kept)
+
+    def _say_what_is_idle(self, weights: dict[str, torch.nn.Parameter]) -> None:
+        idle = [name for name, weight in weights.items() if weight.grad is None]
+        if idle and len(idle) < len(weights):  # ZeRO takes all gradients away
+            self.progress.say(
+                f"{len(idle)} of {len(weights)} trained weights got no gradient from the first batches, as {idle[0]}: "
+                "the model did not call what they belong to, and what is never called does not learn."
+            )
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Evaluate where it is due; a checkpoint always closes a line of the log, so that both can be resumed."""

@@ -178,11 +178,16 @@ def check_writable(path: Path) -> None:
 
     Raises: NotADirectoryError, PermissionError.
     """
-    above = next(folder for folder in path.absolute().parents if folder.exists())
+    above = _nearest_above(path)
     if not above.is_dir():
         raise NotADirectoryError(f"{path} cannot be written, because {above} is a file; name another place.")
     if not os.access(above, os.W_OK | os.X_OK):
         raise PermissionError(f"{path} cannot be written: {above} is not writable for you; name another place.")
+
+
+def _nearest_above(path: Path) -> Path:
+    """What exists of the folders that a path names."""
+    return next(folder for folder in path.absolute().parents if folder.exists())
 
 
 def write_text(path: Path, text: str) -> None:
@@ -209,8 +214,7 @@ def saying_disk(path: Path) -> Iterator[None]:
     except (SafetensorError, RuntimeError) as error:
         if not any(sign in str(error) for sign in ("while serializing", "inline_container", "iostream error")):
             raise
-        above = next(folder for folder in path.absolute().parents if folder.exists())
-        free = shutil.disk_usage(above).free / 2**20
+        free = shutil.disk_usage(_nearest_above(path)).free / 2**20
         raise OSError(
             f"{path} could not be written ({str(error).splitlines()[0]}). {free:,.0f} MiB are free there: make room, "
             "and give the command again (training goes on with --resume)."

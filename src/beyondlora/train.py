@@ -138,12 +138,8 @@ def _check_launch(recipe: Recipe) -> None:
         )
 
 
-def _training_arguments(recipe: Recipe) -> TrainingArguments:
-    renamed: dict[str, Any] = {"gradient_checkpointing": recipe.gradient_checkpointing}
-    if any(field.name == "activation_checkpointing" for field in dataclasses.fields(TrainingArguments)):
-        renamed = {
-            "activation_checkpointing": recipe.gradient_checkpointing
-        }  # newer transformers warn about the old name
+def _check_names(recipe: Recipe) -> None:
+    """Refuse an optimizer or a schedule that the Trainer does not know, or that would wait for its evaluations."""
     for key, known in (("optim", OptimizerNames), ("lr_scheduler_type", SchedulerType)):
         value, names = getattr(recipe, key), [str(name.value) for name in known]
         if value not in names:
@@ -153,6 +149,15 @@ def _training_arguments(recipe: Recipe) -> TrainingArguments:
             f"lr_scheduler_type={recipe.lr_scheduler_type!r} follows evaluations of the Trainer's own, and those of a "
             "run are others; choose another, as 'cosine'."
         )
+
+
+def _training_arguments(recipe: Recipe) -> TrainingArguments:
+    _check_names(recipe)
+    renamed: dict[str, Any] = {"gradient_checkpointing": recipe.gradient_checkpointing}
+    if any(field.name == "activation_checkpointing" for field in dataclasses.fields(TrainingArguments)):
+        renamed = {
+            "activation_checkpointing": recipe.gradient_checkpointing
+        }  # newer transformers warn about the old name
     with quiet():
         return TrainingArguments(
             output_dir=str(RunFolder(recipe.output_dir).staging),

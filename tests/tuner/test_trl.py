@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with each config: `peft_config=` is all a user changes, on a quantised base too."""
+"""TRL's trainers: `peft_config=` is all a user changes, on a quantised base too; what DPO takes for its reference."""
 
 import math
 

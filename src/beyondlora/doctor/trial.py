@@ -45,7 +45,11 @@ def try_recipe(recipe: Recipe, progress: Progress | None = None) -> dict[str, An
         steps = [row for row in RunFolder(short.output_dir).rows() if "loss" in row]
     per_step = steps[1]["seconds"] - steps[0]["seconds"]  # neither the first, which warms up, nor the last, which saves
     total = _steps(recipe, rows)
-    held = f"output_dir {recipe.output_dir!r} holds a run: train it with --resume or --overwrite, or elsewhere."
+    notes = [warmup] if (warmup := warmup_problem(recipe, total)) else []
+    if begun:
+        notes.append(
+            f"output_dir {recipe.output_dir!r} holds a run: train it with --resume or --overwrite, or elsewhere."
+        )
     return {
         "steps": total,
         "seconds_per_step": per_step,
@@ -54,7 +58,7 @@ def try_recipe(recipe: Recipe, progress: Progress | None = None) -> dict[str, An
         "loss_after": steps[-1]["loss"],
         "trainable_parameters": summary["trainable_parameters"],
         "data": summary["data"],
-        "notes": [held] * begun + list(filter(None, [warmup_problem(recipe, total)])),
+        "notes": notes,
     }
 
 

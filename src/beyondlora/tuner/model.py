@@ -41,9 +41,8 @@ class AdapterModel(BaseTuner):
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Check every target before the first one is replaced: a refused config leaves the model as it was."""
         check_modules_to_save(peft_config, model)
-        all_linear = str(peft_config.target_modules).lower() == "all-linear"
+        _warn_of_experts(peft_config, model)
         _include_all_linear(peft_config, model)
-        _warn_of_experts(peft_config, model, all_linear=all_linear)
         targets = self._targets(peft_config, model)
         if not targets and isinstance(peft_config.target_modules, (set, list)):
             _refuse_unmatched(sorted(peft_config.target_modules), model)
@@ -245,14 +244,18 @@ def _is_read(name: str, parent: nn.Module) -> bool:
     return re.search(rf"self\.{re.escape(name)}\.weight\b(?!\.(?:device|dtype))", source) is not None
 
 
-def _warn_of_experts(config: Any, model: nn.Module, *, all_linear: bool) -> None:
+def _warn_of_experts(config: Any, model: nn.Module) -> None:
     """transformers holds the weights of all experts in one parameter: there is no layer for an adapter beside it."""
     about: Any = getattr(model, "config", None)
     about = about.get_text_config() if hasattr(about, "get_text_config") else about
     counts = {getattr(about, name, None) for name in EXPERTS} - {None}
     left_out = [n for n, weight in model.named_parameters() if weight.dim() == 3 and weight.shape[0] in counts]
-    wanted = config.target_modules if isinstance(config.target_modules, (set, list)) else ()
-    if left_out and (all_linear or any(name.rpartition(".")[2] in OF_EXPERTS for name in wanted)):
+    targets = config.target_modules or ()
+    if isinstance(targets, str):
+        wanted = targets.lower() == "all-linear"
+    else:
+        wanted = any(name.rpartition(".")[2] in OF_EXPERTS for name in targets)
+    if left_out and wanted:
         warnings.warn(
             f"This model's experts are no layers but parameters, as {left_out[0]}, and get no adapter: they stay "
             "frozen. PEFT's LoRA adapts them (target_parameters), so beside it this adapter has fewer layers.",
