@@ -1,4 +1,4 @@
-"""The command line: quick help, tables and JSON, sentences instead of tracebacks, exit codes, Ctrl-C."""
+"""The command line: quick help, tables and JSON, sentences instead of tracebacks, exit codes, signals."""
 
 import json
 import os
@@ -209,7 +209,7 @@ def test_the_doctor_tries_a_recipe(recipe_file, tmp_path):
     assert call("doctor", recipe_file(adapter=small_runs.ADAPTERS["stella"] | {"r": 999})).exit_code == 2
 
 
-# Ctrl-C --------------------------------------------------------------------------------------------------------------
+# Ctrl-C and SIGTERM --------------------------------------------------------------------------------------------------
 
 
 def test_ctrl_c_exits_130_leaves_nothing_half_written_and_can_be_resumed(recipe_file, process, tmp_path):
@@ -228,19 +228,20 @@ def test_ctrl_c_exits_130_leaves_nothing_half_written_and_can_be_resumed(recipe_
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_ctrl_c_in_a_terminal(recipe_file, tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_from_outside(number, code, recipe_file, tmp_path):
     """The real thing: a process of its own, the signal from outside, at whatever moment it comes."""
     command = [sys.executable, "-m", "beyondlora", "train", recipe_file(max_steps=100_000)]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not (tmp_path / "run" / "metrics.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
-    child.send_signal(signal.SIGINT)
+    child.send_signal(number)
     try:
         _, said = child.communicate(timeout=60)
     finally:
         child.kill()
-    assert child.returncode == 130, said
+    assert child.returncode == code, said
     assert "Traceback" not in said
     assert "--resume" in said
     small_runs.nothing_half_written(tmp_path / "run")

@@ -19,6 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 import beyondlora.train
 from beyondlora.attach import attach, config_from
 from beyondlora.evaluate import evaluate
+from beyondlora.interrupts import Terminated, terminate
 from beyondlora.progress import Progress
 from beyondlora.recipe import Recipe
 from beyondlora.run_folder import CONTENTS, RunFolder, alone_in
@@ -586,7 +587,7 @@ def test_a_learning_rate_out_of_this_world_stops_the_run(recipe, tmp_path):
     assert same_weights(tmp_path / "run" / "last", tmp_path / "run" / "adapter")
 
 
-# A Ctrl-C that something swallows ------------------------------------------------------------------------------------
+# A Ctrl-C that something swallows, and SIGTERM -----------------------------------------------------------------------
 
 
 class Swallowing(Progress):
@@ -616,6 +617,46 @@ def test_somebody_elses_handler_is_left_alone(recipe):
         assert signal.getsignal(signal.SIGINT) is theirs
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+class ToldToEnd(Progress):
+    """SIGTERM comes once, as the fourth step or its evaluation is shown."""
+
+    told = False
+
+    def advance(self, done, note=""):
+        if done == 4 and not self.told:
+            self.told = True
+            signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.fixture
+def answering_sigterm():
+    """The command line's answer to SIGTERM, for as long as a test runs."""
+    before = signal.signal(signal.SIGTERM, terminate)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_sigterm_lets_the_step_be_finished_and_saved(recipe, tmp_path, answering_sigterm):
+    wanted = recipe(save_steps=100, eval_steps=100, logging_steps=2)
+    with pytest.raises(Terminated) as ended:
+        train(wanted, progress=ToldToEnd())
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is terminate
+    assert RunFolder(tmp_path / "run").newest_checkpoint().name == "checkpoint-5"
+    train(wanted, resume=True)
+    train(wanted.replace(output_dir=str(tmp_path / "whole")))
+    assert same_weights(tmp_path / "run" / "last", tmp_path / "whole" / "last")
+    assert same_weights(tmp_path / "run" / "adapter", tmp_path / "whole" / "adapter")
+
+
+def test_sigterm_at_the_last_step_is_answered(recipe, tmp_path, answering_sigterm):
+    wanted = recipe(max_steps=4)
+    with pytest.raises(Terminated):
+        train(wanted, progress=ToldToEnd())
+    assert RunFolder(tmp_path / "run").newest_checkpoint().name == "checkpoint-4"
+    assert train(wanted, resume=True)["steps"] == 4
 
 
 PROMPTS = {"peft_type": "P_TUNING", "num_virtual_tokens": 3, "encoder_hidden_size": 16}

@@ -1,11 +1,12 @@
 """The command line. Whatever needs torch is imported inside a command, so that --help answers at once.
 
 Exit codes: 0 done; 1 stopped (the loss became nan), or a bug, which shows its traceback; 2 the input cannot work;
-130 Ctrl-C. BEYONDLORA_TRACEBACK=1 shows the traceback of an input error too.
+130 Ctrl-C; 143 SIGTERM. BEYONDLORA_TRACEBACK=1 shows the traceback of an input error too.
 """
 
 import json
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from . import __version__, chatter  # noqa: F401  (which works by being imported)
+from .interrupts import ASKED_TO_END, Terminated, terminate
 from .recipe import Recipe
 from .run_folder import RunFolder
 from .tables import show_analysis, show_figures, show_gap
@@ -40,6 +42,9 @@ Overrides = Annotated[
 
 def main() -> None:
     """Run the command line; never returns."""
+    # A launcher ends its processes one by one: none of them must wait for a step that others no longer take.
+    if "RANK" not in os.environ and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, terminate)
     try:
         app()
     except KeyboardInterrupt:  # before a command has begun
@@ -261,7 +266,7 @@ def demo(
         folder = output or run.free_folder(Path("runs/demo"))
         try:
             rows = run.demo(folder, resume=resume, progress=_progress())
-        except KeyboardInterrupt:
+        except ASKED_TO_END:
             _say(f"The demo can be continued: beyondlora demo --output {folder} --resume")
             raise
         Console().print(run.table(rows))
@@ -297,7 +302,7 @@ def compare(
                 yes=yes,
                 progress=_progress(),
             )
-        except KeyboardInterrupt:
+        except ASKED_TO_END:
             _say("The comparison can be continued: the same command again.")
             raise
         Console().print(words.table(outcome))
@@ -360,6 +365,9 @@ def _explained() -> Iterator[None]:
     except KeyboardInterrupt:
         messages.print("Interrupted.")
         raise typer.Exit(INTERRUPTED) from None
+    except Terminated as end:
+        messages.print("Ended by SIGTERM.")
+        raise typer.Exit(end.code) from None
     except FloatingPointError as error:
         messages.print(f"[red]Stopped:[/red] {escape(str(error))}", soft_wrap=True, highlight=False)
         raise typer.Exit(1) from None
@@ -372,10 +380,10 @@ def _explained() -> Iterator[None]:
 
 @contextmanager
 def _resumable(recipe: Recipe) -> Iterator[None]:
-    """Say on Ctrl-C from where --resume would go on."""
+    """Say on Ctrl-C and SIGTERM from where --resume would go on."""
     try:
         yield
-    except KeyboardInterrupt:
+    except ASKED_TO_END:
         run = RunFolder(recipe.output_dir)
         if run.recipe.exists():
             checkpoint = run.newest_checkpoint()

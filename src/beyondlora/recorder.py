@@ -104,7 +104,7 @@ class Recorder(TrainerCallback):
         if self.splits.evaluation is not None and (finished or state.global_step % self.recipe.eval_steps == 0):
             self._evaluate(kwargs["model"], state)
             control.should_save = control.should_save or self.best_step == state.global_step
-        control.should_save = control.should_save or finished
+        control.should_save = control.should_save or finished or self.interrupts.ending
         control.should_log = control.should_log or control.should_save
         self.progress.advance(state.global_step, self._note())
 
@@ -116,7 +116,7 @@ class Recorder(TrainerCallback):
             self._write(state, {key: logs[key] for key in ("loss", "learning_rate", "grad_norm") if key in logs})
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Seal the checkpoint, then promote its adapter if it is the best so far."""
+        """Seal the checkpoint, promote its adapter if it is the best so far, and end if SIGTERM waits for it."""
         if processes.has_shards(kwargs["model"]):  # which is all that the Trainer keeps then
             with processes.whole(kwargs["model"]):
                 if self.main:
@@ -126,6 +126,8 @@ class Recorder(TrainerCallback):
             self.run.keep_checkpoint(state.global_step)
         if self.best_step == state.global_step:
             self.save(kwargs["model"], self.run.adapter)
+        if self.interrupts.ending:
+            self.interrupts.end()
 
     # --- what they do
 

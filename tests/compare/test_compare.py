@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import small_runs
 
+from beyondlora import interrupts
 from beyondlora.compare import compare
 from beyondlora.compare import published as published_format
 from beyondlora.compare.grid import Grid
@@ -220,7 +221,10 @@ def _perhaps_killed(die, _progress):
     return "alive"
 
 
-def test_a_worker_that_ctrl_c_finds_being_begun_is_ended(monkeypatch):
+@pytest.mark.parametrize(
+    ("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, interrupts.Terminated)]
+)
+def test_a_worker_that_a_signal_finds_being_begun_is_ended(number, raised, monkeypatch):
     from beyondlora.workers import side_by_side
 
     begun = []
@@ -228,13 +232,17 @@ def test_a_worker_that_ctrl_c_finds_being_begun_is_ended(monkeypatch):
     def start(process):
         begun.append(process)
         original(process)
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
 
     kind = multiprocessing.get_context("forkserver").Process
     original = kind.start
     monkeypatch.setattr(kind, "start", start)
-    with pytest.raises(KeyboardInterrupt):
-        list(side_by_side(_asleep, [(60,)]))
+    before = signal.signal(number, interrupts.ANSWERS[number])
+    try:
+        with pytest.raises(raised):
+            list(side_by_side(_asleep, [(60,)]))
+    finally:
+        signal.signal(number, before)
     assert begun[0].exitcode == -signal.SIGTERM
 
 
