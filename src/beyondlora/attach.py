@@ -29,8 +29,8 @@ from . import processes
 from .models import quiet_transformers
 from .recipe import Recipe
 from .run_folder import replacing, write_text
+from .tuner.checks import check_modules_to_save
 from .tuner.config import AdapterConfig
-from .tuner.model import check_modules_to_save
 
 Trained = PeftModel | transformers.PreTrainedModel
 FULL = "FULL"

@@ -28,7 +28,7 @@ from .tables import show_analysis, show_figures, show_gap
 if TYPE_CHECKING:
     from .progress import Progress
 
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 messages = Console(stderr=True)  # messages and progress; results alone go to stdout
 
@@ -365,9 +365,9 @@ def _explained() -> Iterator[None]:
     except KeyboardInterrupt:
         messages.print("Interrupted.")
         raise typer.Exit(INTERRUPTED) from None
-    except Terminated as end:
+    except Terminated:
         messages.print("Ended by SIGTERM.")
-        raise typer.Exit(end.code) from None
+        raise typer.Exit(TERMINATED) from None
     except FloatingPointError as error:
         messages.print(f"[red]Stopped:[/red] {escape(str(error))}", soft_wrap=True, highlight=False)
         raise typer.Exit(1) from None

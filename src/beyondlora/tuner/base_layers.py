@@ -10,7 +10,7 @@
 
 from typing import Any
 
-from peft.tuners.tuners_utils import _get_in_out_features
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -20,6 +20,11 @@ from ..adapters.reading import Lookup, Patches, Reading
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 SUPPORTED = (nn.Linear, Conv1D, nn.Embedding, *CONVOLUTIONS)
+
+
+def bare(module: nn.Module) -> nn.Module:
+    """The layer itself, PEFT's wrapper taken off."""
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def is_supported(layer: nn.Module) -> bool:

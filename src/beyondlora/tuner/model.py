@@ -1,10 +1,6 @@
 """AdapterModel: puts adapters beside the layers of a base model, for every method."""
 
 import dataclasses
-import difflib
-import inspect
-import re
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,16 +12,13 @@ from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import nn
 
 from ..manifold.guard import check_manifold, check_state, unwrapped
-from .base_layers import CONVOLUTIONS, is_supported, layer_problem, matrix_shape, reading_of
+from .base_layers import CONVOLUTIONS, bare, matrix_shape, reading_of
+from .checks import check_modules_to_save, joined, refuse_unmatched, target_problem, warn_of_experts
 from .combine import check_combination, combine, combined_config
 from .config import AdapterConfig, LayerSpec
 from .layer import AdapterLayer
 from .mixed_batch import check_names, handing_out
 from .packing import keep_unpacked
-
-HEADS = {"classifier", "score", "qa_outputs"}  # what PEFT itself adds to modules_to_save, there or not
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # what configs call their number
-OF_EXPERTS = {"gate_up_proj", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 
 
 class AdapterModel(BaseTuner):
@@ -41,18 +34,18 @@ class AdapterModel(BaseTuner):
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Check every target before the first one is replaced: a refused config leaves the model as it was."""
         check_modules_to_save(peft_config, model)
-        _warn_of_experts(peft_config, model)
+        warn_of_experts(peft_config, model)
         _include_all_linear(peft_config, model)
         targets = self._targets(peft_config, model)
         if not targets and isinstance(peft_config.target_modules, (set, list)):
-            _refuse_unmatched(sorted(peft_config.target_modules), model)
+            refuse_unmatched(sorted(peft_config.target_modules), model)
         problems = [
             problem
             for name, module in targets.items()
-            if (problem := _unsupported(name, module, model) or self._unbuildable(peft_config, name, module))
+            if (problem := target_problem(name, module, model) or self._unbuildable(peft_config, name, module))
         ]
         if problems:
-            raise ValueError(_joined(problems))
+            raise ValueError(joined(problems))
         keep_unpacked(model)
 
     def _targets(self, peft_config: AdapterConfig, model: nn.Module) -> dict[str, nn.Module]:
@@ -65,7 +58,7 @@ class AdapterModel(BaseTuner):
 
     def _unbuildable(self, config: AdapterConfig, name: str, module: nn.Module) -> str | None:
         rank = _pattern_value(config.rank_pattern, name, config.r)
-        problem = config.layer_problem(rank, *matrix_shape(_base(module)))
+        problem = config.layer_problem(rank, *matrix_shape(bare(module)))
         return problem and f"{name}: {problem}"
 
     def _create_and_replace(
@@ -177,22 +170,6 @@ class AdapterModel(BaseTuner):
             yield
 
 
-def check_modules_to_save(config: Any, model: nn.Module) -> None:
-    """Refuse a name in modules_to_save that no module has: PEFT trains nothing for it, and says nothing.
-
-    Raises: ValueError.
-    """
-    names = [name for name, _ in model.named_modules() if name]
-    for wanted in getattr(config, "modules_to_save", None) or ():
-        if wanted not in HEADS and not any(f"base_model.model.{name}".endswith(wanted) for name in names):
-            leaves = {name.rpartition(".")[2] for name in names} - {"base_layer"}
-            near = difflib.get_close_matches(wanted.rpartition(".")[2], leaves)
-            hint = f"did you mean {near[0]!r}?" if near else "name modules as model.named_modules() does."
-            raise ValueError(
-                f"modules_to_save holds {wanted!r}, which no module of {type(model).__name__} is called; {hint}"
-            )
-
-
 def _include_all_linear(config: Any, model: nn.Module) -> None:
     """PEFT's "all-linear", without the embeddings and convolutions that have an adapter layer around them already."""
     before = config.target_modules
@@ -200,76 +177,9 @@ def _include_all_linear(config: Any, model: nn.Module) -> None:
     if config.target_modules != before:
         others = (nn.Embedding, *CONVOLUTIONS)
         config.target_modules = {
-            name for name in config.target_modules if not isinstance(_base(model.get_submodule(name)), others)
+            name for name in config.target_modules if not isinstance(bare(model.get_submodule(name)), others)
         }
 
 
 def _pattern_value(pattern: dict[str, Any], name: str, default: Any) -> Any:
     return pattern.get(get_pattern_key(list(pattern), name), default)
-
-
-def _base(module: nn.Module) -> nn.Module:
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-
-
-def _unsupported(name: str, module: nn.Module, model: nn.Module) -> str | None:
-    parent = model.get_submodule(name.rpartition(".")[0])
-    if isinstance(parent, nn.MultiheadAttention):
-        return (
-            f"{name}: nn.MultiheadAttention reads this layer's weight and never calls it, so an adapter would be "
-            "without effect; leave it out of target_modules."
-        )
-    if _is_read(name.rpartition(".")[2], parent):
-        return (
-            f"{name}: {type(parent).__name__} reads this layer's weight, at least in its fused kernels, and does not "
-            "call it, so an adapter would be without effect; leave it out of target_modules, or name it in "
-            "exclude_modules."
-        )
-    problem = layer_problem(_base(module))
-    return problem and f"{name} is a {type(_base(module)).__name__}: {problem}"
-
-
-def _is_read(name: str, parent: nn.Module) -> bool:
-    """Whether a state space layer (one with a matrix A, as Mamba's) reads the weight of one of its projections.
-
-    Which ones differs from model to model; PEFT knows two names and five models.
-    """
-    if not hasattr(parent, "A_log"):
-        return False
-    kinds = type(parent).__mro__[: -len(nn.Module.__mro__)]
-    try:
-        source = "".join(map(inspect.getsource, kinds))
-    except (OSError, TypeError):  # a class without a file
-        return name != "in_proj"
-    return re.search(rf"self\.{re.escape(name)}\.weight\b(?!\.(?:device|dtype))", source) is not None
-
-
-def _warn_of_experts(config: Any, model: nn.Module) -> None:
-    """transformers holds the weights of all experts in one parameter: there is no layer for an adapter beside it."""
-    about: Any = getattr(model, "config", None)
-    about = about.get_text_config() if hasattr(about, "get_text_config") else about
-    counts = {getattr(about, name, None) for name in EXPERTS} - {None}
-    left_out = [n for n, weight in model.named_parameters() if weight.dim() == 3 and weight.shape[0] in counts]
-    targets = config.target_modules or ()
-    if isinstance(targets, str):
-        wanted = targets.lower() == "all-linear"
-    else:
-        wanted = any(name.rpartition(".")[2] in OF_EXPERTS for name in targets)
-    if left_out and wanted:
-        warnings.warn(
-            f"This model's experts are no layers but parameters, as {left_out[0]}, and get no adapter: they stay "
-            "frozen. PEFT's LoRA adapts them (target_parameters), so beside it this adapter has fewer layers.",
-            stacklevel=2,
-        )
-
-
-def _refuse_unmatched(targets: list[str], model: nn.Module) -> None:
-    leaves = {name.rpartition(".")[2] for name, module in model.named_modules() if name and is_supported(_base(module))}
-    near = {match for target in targets for match in difflib.get_close_matches(target.rpartition(".")[2], leaves)}
-    hint = f"Did you mean {sorted(near)}?" if near else f"Layers that can be adapted: {sorted(leaves)}."
-    raise ValueError(f"Target modules {targets} not found in the base model {type(model).__name__}. {hint}")
-
-
-def _joined(problems: list[str], limit: int = 5) -> str:
-    more = f"\n  … and {len(problems) - limit} more." if len(problems) > limit else ""
-    return "These layers cannot be adapted as asked:\n  " + "\n  ".join(problems[:limit]) + more

@@ -1,0 +1,97 @@
+"""What a config asks of a model, looked at before the first layer is touched: refused, or said."""
+
+import difflib
+import inspect
+import re
+import warnings
+from typing import Any
+
+from torch import nn
+
+from .base_layers import bare, is_supported, layer_problem
+
+HEADS = {"classifier", "score", "qa_outputs"}  # what PEFT itself adds to modules_to_save, there or not
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # what configs call their number
+OF_EXPERTS = {"gate_up_proj", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
+
+
+def check_modules_to_save(config: Any, model: nn.Module) -> None:
+    """Refuse a name in modules_to_save that no module has: PEFT trains nothing for it, and says nothing.
+
+    Raises: ValueError.
+    """
+    names = [name for name, _ in model.named_modules() if name]
+    for wanted in getattr(config, "modules_to_save", None) or ():
+        if wanted not in HEADS and not any(f"base_model.model.{name}".endswith(wanted) for name in names):
+            leaves = {name.rpartition(".")[2] for name in names} - {"base_layer"}
+            near = difflib.get_close_matches(wanted.rpartition(".")[2], leaves)
+            hint = f"did you mean {near[0]!r}?" if near else "name modules as model.named_modules() does."
+            raise ValueError(
+                f"modules_to_save holds {wanted!r}, which no module of {type(model).__name__} is called; {hint}"
+            )
+
+
+def target_problem(name: str, module: nn.Module, model: nn.Module) -> str | None:
+    """Why a module of a model cannot be adapted, by its name; None where it can."""
+    parent = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(parent, nn.MultiheadAttention):
+        return (
+            f"{name}: nn.MultiheadAttention reads this layer's weight and never calls it, so an adapter would be "
+            "without effect; leave it out of target_modules."
+        )
+    if _is_read(name.rpartition(".")[2], parent):
+        return (
+            f"{name}: {type(parent).__name__} reads this layer's weight, at least in its fused kernels, and does not "
+            "call it, so an adapter would be without effect; leave it out of target_modules, or name it in "
+            "exclude_modules."
+        )
+    problem = layer_problem(bare(module))
+    return problem and f"{name} is a {type(bare(module)).__name__}: {problem}"
+
+
+def _is_read(name: str, parent: nn.Module) -> bool:
+    """Whether a state space layer (one with a matrix A, as Mamba's) reads the weight of one of its projections.
+
+    Which ones differs from model to model; PEFT knows two names and five models.
+    """
+    if not hasattr(parent, "A_log"):
+        return False
+    kinds = type(parent).__mro__[: -len(nn.Module.__mro__)]
+    try:
+        source = "".join(map(inspect.getsource, kinds))
+    except (OSError, TypeError):  # a class without a file
+        return name != "in_proj"
+    return re.search(rf"self\.{re.escape(name)}\.weight\b(?!\.(?:device|dtype))", source) is not None
+
+
+def warn_of_experts(config: Any, model: nn.Module) -> None:
+    """transformers holds the weights of all experts in one parameter: there is no layer for an adapter beside it."""
+    about: Any = getattr(model, "config", None)
+    about = about.get_text_config() if hasattr(about, "get_text_config") else about
+    counts = {getattr(about, name, None) for name in EXPERTS} - {None}
+    left_out = [n for n, weight in model.named_parameters() if weight.dim() == 3 and weight.shape[0] in counts]
+    targets = config.target_modules or ()
+    if isinstance(targets, str):
+        wanted = targets.lower() == "all-linear"
+    else:
+        wanted = any(name.rpartition(".")[2] in OF_EXPERTS for name in targets)
+    if left_out and wanted:
+        warnings.warn(
+            f"This model's experts are no layers but parameters, as {left_out[0]}, and get no adapter: they stay "
+            "frozen. PEFT's LoRA adapts them (target_parameters), so beside it this adapter has fewer layers.",
+            stacklevel=2,
+        )
+
+
+def refuse_unmatched(targets: list[str], model: nn.Module) -> None:
+    """Name the layers that may have been meant by target modules that fit none. Raises: ValueError."""
+    leaves = {name.rpartition(".")[2] for name, module in model.named_modules() if name and is_supported(bare(module))}
+    near = {match for target in targets for match in difflib.get_close_matches(target.rpartition(".")[2], leaves)}
+    hint = f"Did you mean {sorted(near)}?" if near else f"Layers that can be adapted: {sorted(leaves)}."
+    raise ValueError(f"Target modules {targets} not found in the base model {type(model).__name__}. {hint}")
+
+
+def joined(problems: list[str], limit: int = 5) -> str:
+    """The first problems of many, a line each."""
+    more = f"\n  … and {len(problems) - limit} more." if len(problems) > limit else ""
+    return "These layers cannot be adapted as asked:\n  " + "\n  ".join(problems[:limit]) + more
