@@ -462,7 +462,7 @@ def test_rows_without_a_scored_token_left_are_dropped_and_counted(stories, write
     ours = pairs(dataset_name=path, eval_fraction=0.0, max_length=16)
     splits = data.prepare(data.read_splits(ours), stories, ours)
     assert len(splits.train) == 2
-    assert "1 rows cut at 16 tokens, 1 rows dropped: no token of the completion within 16 tokens" in splits.description
+    assert "1 rows cut at 16 tokens, 1 rows dropped: no token to predict within 16 tokens" in splits.description
     assert stories.eos_token_id not in splits.train[0]["input_ids"]  # a cut answer has not ended
     assert splits.train[1]["labels"][-1] == stories.eos_token_id
     path.write_text(json.dumps({"question": long, "answer": "b"}))

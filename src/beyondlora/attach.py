@@ -325,6 +325,8 @@ def write_trained(model: Trained, folder: Path, processor: Any) -> None:
         model.save_pretrained(str(folder))
     if isinstance(model, PeftModel):
         _write_card(model.peft_config[model.active_adapter], folder)
+        if isinstance(template := getattr(processor, "chat_template", None), str):  # who serves it must write alike
+            write_text(folder / "chat_template.jinja", template)
     else:
         processor.save_pretrained(str(folder))
 

@@ -125,13 +125,23 @@ def open_target(
     check_folder(folder)  # before anything that takes long
     measurable = not (recipe is None and run is None and data is None)
     recipe = recipe or _recipe_of(folder, run, data if measurable or needs_rows else "(none)")
-    processor = models.load_processor(recipe.model_name_or_path, task=recipe.task, image_size=recipe.image_size)
+    processor = load_processor(recipe)
     return Opened(folder, recipe, processor, _label_names(recipe, run), data, measurable)
 
 
 def device() -> torch.device:
     """The accelerator if there is one, else the CPU; what the Trainer chooses too."""
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def load_processor(recipe: Recipe) -> Any:
+    """The tokenizer or image processor that a recipe names, with the recipe's chat template if it has one."""
+    return models.load_processor(
+        recipe.model_name_or_path,
+        task=recipe.task,
+        image_size=recipe.image_size,
+        chat_template_path=recipe.chat_template_path,
+    )
 
 
 def load_base(recipe: Recipe, processor: Any, label_names: list[str] | None) -> Any:

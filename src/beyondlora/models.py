@@ -115,7 +115,7 @@ def empty_base(name_or_path: str, *, task: str) -> PreTrainedModel:
 
 
 def load_processor(
-    name_or_path: str, *, task: str, image_size: int | None = None
+    name_or_path: str, *, task: str, image_size: int | None = None, chat_template_path: str | None = None
 ) -> PreTrainedTokenizerBase | BaseImageProcessor:
     """The tokenizer, or for images the image processor, that belongs to a model.
 
@@ -124,6 +124,7 @@ def load_processor(
 
     Args:
         image_size: side in pixels to resize images to; None = the model's own.
+        chat_template_path: a file with the Jinja template for conversations; None = the tokenizer's own, if any.
     Raises: FileNotFoundError, ValueError.
     """
     if task == "image-classification":
@@ -135,7 +136,18 @@ def load_processor(
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token is None:
         raise ValueError(f"the tokenizer of {name_or_path!r} has no pad, end or unknown token to pad rows with")
+    if chat_template_path is not None:
+        tokenizer.chat_template = _read_template(Path(chat_template_path).expanduser())
     return tokenizer
+
+
+def _read_template(path: Path) -> str:
+    if not path.is_file():
+        raise FileNotFoundError(f"chat_template_path={str(path)!r}: there is no such file")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"chat_template_path={str(path)!r} is no text in UTF-8") from None
 
 
 def extra_inputs(name_or_path: str, *, task: str, image_size: int | None = None) -> dict[str, bool]:

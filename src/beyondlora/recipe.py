@@ -58,6 +58,9 @@ class Recipe:
         prompt_field, completion_field: causal-lm on pairs: both together; the loss counts the completion and its end
             token only.
         completion_separator: text put between prompt and completion; belongs to the prompt.
+        messages_field: causal-lm on conversations: the field with a list of messages, each with role and content (or
+            ShareGPT's from and value); the loss counts what the assistant says.
+        chat_template_path: a file with the Jinja template that writes them; None = the tokenizer's own.
         sentence1_field, sentence2_field: the one or two texts of a sequence task.
         label_field: the class (a whole number or a name) or, for sequence-regression, a number.
         image_field: the image: encoded bytes as the Image feature of `datasets` stores them, or a path.
@@ -118,6 +121,8 @@ class Recipe:
     prompt_field: str | None = None
     completion_field: str | None = None
     completion_separator: str = ""
+    messages_field: str | None = None
+    chat_template_path: str | None = None
     sentence1_field: str = "sentence1"
     sentence2_field: str | None = None
     label_field: str = "label"
@@ -257,6 +262,10 @@ def _check_values(recipe: Recipe) -> None:
         )
     if (recipe.prompt_field is None) != (recipe.completion_field is None):
         raise ValueError("prompt_field and completion_field belong together: give both, or neither for plain text")
+    if recipe.messages_field is not None and (recipe.prompt_field is not None or recipe.task != "causal-lm"):
+        raise ValueError("messages_field is for task: causal-lm, without prompt_field and completion_field")
+    if recipe.chat_template_path is not None and recipe.messages_field is None:
+        raise ValueError("chat_template_path writes conversations; name their field with messages_field")
     if recipe.warmup_steps and recipe.warmup_ratio:
         raise ValueError("warmup_steps and warmup_ratio say the same thing in two units; give one of them")
     if recipe.columns is not None and len(set(recipe.columns)) != len(recipe.columns):

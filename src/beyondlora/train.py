@@ -23,7 +23,7 @@ from transformers.training_args import OptimizerNames
 
 from . import curves, data, models
 from .attach import Trained, attach, config_from, count_parameters, load_weights, quiet, resume_refusal, with_weights
-from .evaluate import device, load_base
+from .evaluate import device, load_base, load_processor
 from .figures import Examination, check_extras
 from .interrupts import listening
 from .measure import Measurements, as_dict
@@ -90,7 +90,7 @@ def train(
 
     raw = data.read_splits(recipe)
     set_seed(recipe.seed)  # before the head and the adapter draw their first weights
-    processor = models.load_processor(recipe.model_name_or_path, task=recipe.task, image_size=recipe.image_size)
+    processor = load_processor(recipe)
     extra = models.extra_inputs(recipe.model_name_or_path, task=recipe.task, image_size=recipe.image_size)
     splits = data.prepare(raw, processor, recipe, extra_inputs=extra)
     held_out = splits.held_out()

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import curves, data, models
+from .. import curves, data
 from ..attach import config_from
+from ..evaluate import device, load_processor
 from ..figures import Examination, check_extras
 from ..progress import Progress
 from ..recipe import Recipe
@@ -121,7 +122,7 @@ def _settled(grid: Grid, progress: Progress) -> tuple[Grid, HeldOut, dict[str, A
     known = check_apart(recipe, path)
     if known:
         progress.say(f"Note: {known} training rows are test rows too; figures on them flatter every method alike.")
-    processor = models.load_processor(recipe.model_name_or_path, task=recipe.task, image_size=recipe.image_size)
+    processor = load_processor(recipe)
     splits = data.prepare(data.read_splits(recipe), processor, recipe)
     tested = recipe.replace(max_eval_samples=grid.max_test_samples)
     evaluation = data.prepare_evaluation(tested, processor, path, label_names=splits.label_names)
@@ -178,8 +179,6 @@ def _duration(seconds: float) -> str:
 
 
 def _on_accelerator() -> bool:
-    from ..evaluate import device
-
     return device().type != "cpu"
 
 

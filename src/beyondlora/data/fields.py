@@ -23,6 +23,7 @@ class DataRecipe(Protocol):
     prompt_field: str | None
     completion_field: str | None
     completion_separator: str
+    messages_field: str | None
     sentence1_field: str
     sentence2_field: str | None
     label_field: str
@@ -35,16 +36,16 @@ class DataRecipe(Protocol):
 
 def is_packed(recipe: DataRecipe) -> bool:
     """Whether the rows are plain text, cut into blocks of one length."""
-    return recipe.task == "causal-lm" and recipe.prompt_field is None
+    return recipe.task == "causal-lm" and recipe.prompt_field is None and recipe.messages_field is None
 
 
 def text_fields(recipe: DataRecipe) -> list[str]:
-    """The names of the columns that hold text for this task."""
+    """The names of the columns that hold text, or conversations, for this task."""
     if recipe.task == "image-classification":
         return []
     if recipe.task == "causal-lm":
-        pair = [name for name in (recipe.prompt_field, recipe.completion_field) if name is not None]
-        return pair or [recipe.dataset_text_field]
+        fields = (recipe.prompt_field, recipe.completion_field, recipe.messages_field)
+        return [name for name in fields if name is not None] or [recipe.dataset_text_field]
     return [recipe.sentence1_field, *([recipe.sentence2_field] if recipe.sentence2_field is not None else [])]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import itertools
 import json
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,12 +18,13 @@ import pyarrow as pa
 import torch
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
 
+from .conversations import Stretch, messages_of, stretches
 from .fields import DataRecipe, is_packed, text_fields
 from .labels import with_labels
 from .questions import Question, digest_of, questions_of, told
 from .rows import arrow_column
 from .splits import RawSplits, read_checked, read_splits, sample
-from .tokens import NOT_SCORED, head_of, ids_of, longest, tokenize_pairs
+from .tokens import NOT_SCORED, head_of, ids_of, longest, tokenize_stretches
 
 _BATCH = 1000
 
@@ -152,8 +155,10 @@ def _prepare_rows(
     length = longest(recipe, processor)
     if recipe.task != "causal-lm":
         return _prepare_sequences(rows, processor, recipe, length)
-    if recipe.prompt_field is None:
+    if is_packed(recipe):
         return _prepare_text(rows, processor, recipe, length, max_samples, where)
+    if recipe.messages_field is not None:
+        return _prepare_conversations(rows, processor, recipe.messages_field, length, where)
     return _prepare_pairs(rows, processor, recipe, length, where)
 
 
@@ -196,22 +201,65 @@ def _token_stream(rows: datasets.Dataset, tokenizer: Any, name: str, enough: int
 
 def _prepare_pairs(rows: datasets.Dataset, tokenizer: Any, recipe: DataRecipe, length: int, where: str) -> _Part:
     head, end = head_of(tokenizer), [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    ids, labels = _Lists(), _Lists()
     prompt_field, completion_field = text_fields(recipe)
+    written = (
+        [(prompt + recipe.completion_separator, False), (completion, True)]
+        for batch in _batches(rows)
+        for prompt, completion in zip(batch[prompt_field], batch[completion_field], strict=True)
+    )
+    return _prepare_stretches(written, tokenizer, length, where, head=head, end=end)
+
+
+def _prepare_conversations(rows: datasets.Dataset, tokenizer: Any, name: str, length: int, where: str) -> _Part:
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"messages_field={name!r}: the tokenizer has no chat template, which would write conversations as text; "
+            "name a file that holds one with chat_template_path, or take the instruction-tuned model"
+        )
+    last_alone = 0
+
+    def written() -> Iterator[list[Stretch]]:
+        nonlocal last_alone
+        for number, row in enumerate(arrow_column(rows, name), start=1):
+            found, last = stretches(tokenizer, messages_of(row.as_py()), f"{where}, row {number}")
+            last_alone += last
+            yield found
+
+    part = _prepare_stretches(written(), tokenizer, length, where)
+    told = f", {last_alone:,} rows with the last answer alone scored, as their template asks" if last_alone else ""
+    return dataclasses.replace(part, description=part.description + told)
+
+
+def _prepare_stretches(
+    written: Iterable[list[Stretch]],
+    tokenizer: Any,
+    length: int,
+    where: str,
+    *,
+    head: Sequence[int] = (),
+    end: Sequence[int] = (),
+) -> _Part:
+    """Rows of which some stretches are scored; `head` and `end` are put around each."""
+    ids, labels = _Lists(), _Lists()
     cut = dropped = 0
-    for batch in _batches(rows):
-        prompts = [prompt + recipe.completion_separator for prompt in batch[prompt_field]]
-        for prompt, completion in tokenize_pairs(tokenizer, prompts, batch[completion_field]):
-            row = [*head, *prompt, *completion, *end]
-            context = max(len(head) + len(prompt), 1)  # nothing predicts a first token
-            if min(len(row), length) <= context:
+    rows = iter(written)
+    while batch := list(itertools.islice(rows, _BATCH)):
+        texts = [[text for text, _ in row] for row in batch]
+        for row, parts in zip(batch, tokenize_stretches(tokenizer, texts), strict=True):
+            tokens, marks = [*head], [NOT_SCORED] * len(head)
+            for part, (_, scored) in zip(parts, row, strict=True):
+                tokens += part
+                marks += part if scored else [NOT_SCORED] * len(part)
+            tokens, marks = [*tokens, *end], [*marks, *end]
+            marks[:1] = [NOT_SCORED] * len(marks[:1])  # nothing predicts a first token
+            if all(mark == NOT_SCORED for mark in marks[:length]):
                 dropped += 1
                 continue
-            cut += len(row) > length
-            ids.append(row[:length])
-            labels.append([*[NOT_SCORED] * context, *row[context:length]])
+            cut += len(tokens) > length
+            ids.append(tokens[:length])
+            labels.append(marks[:length])
     note = f", {cut:,} rows cut at {length} tokens" if cut else ""
-    note += f", {dropped:,} rows dropped: no token of the completion within {length} tokens" if dropped else ""
+    note += f", {dropped:,} rows dropped: no token to predict within {length} tokens" if dropped else ""
     return _causal_part(ids, labels, "rows", where, note)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import datasets
 
 from .fields import DataRecipe, answer_field, text_fields
-from .tokens import NOT_SCORED, head_of, ids_of, longest, tokenize_pairs
+from .tokens import NOT_SCORED, head_of, ids_of, longest, tokenize_stretches
 
 OPTIONS = re.compile(r"answer format:\s*(\S+(?:/\S+)+)\s*$", re.IGNORECASE)  # the last line of LLM-Adapters' prompts
 BY_LIKELIHOOD = "multiple_choice"  # generates nothing; all metrics whose names begin so are about options
@@ -115,7 +115,9 @@ def _options(
     before, found, after = completion.rpartition(answer)
     said = [before + name + after if found else name for name in names]
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    for name, (ids, more) in zip(names, tokenize_pairs(tokenizer, [asked] * len(said), said), strict=True):
+    for name, (ids, more) in zip(
+        names, tokenize_stretches(tokenizer, [(asked, answer) for answer in said]), strict=True
+    ):
         scored = [*more, *end]
         context = _fitted(head, ids, length - len(scored))
         row = {

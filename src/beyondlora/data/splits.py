@@ -11,6 +11,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
+from .conversations import check_conversations
 from .fields import DataRecipe, answer_field, is_packed, text_fields
 from .labels import class_names, with_labels
 from .rows import arrow_column, read_rows
@@ -48,7 +49,7 @@ def hold_out(recipe: DataRecipe, fraction: float) -> tuple[datasets.Dataset, dat
 
 
 def read_checked(recipe: DataRecipe, name: str, split: str) -> datasets.Dataset:
-    """Rows with the task's fields: texts are text, images can be opened."""
+    """Rows with the task's fields: texts are text, conversations are messages, images can be opened."""
     texts = text_fields(recipe)
     fields = list(texts)
     if recipe.task == "image-classification":
@@ -61,7 +62,9 @@ def read_checked(recipe: DataRecipe, name: str, split: str) -> datasets.Dataset:
     rows = read_rows(name, split=split, config=recipe.dataset_config, columns=recipe.columns, fields=fields)
     for text in texts:
         kind = arrow_column(rows, text).type
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        if text == recipe.messages_field:
+            check_conversations(arrow_column(rows, text), text, name)
+        elif not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
             raise ValueError(f"{name}: field {text!r} holds {kind}, expected text")
     if recipe.task == "image-classification":
         rows = _check_images(rows, recipe.image_field, name)

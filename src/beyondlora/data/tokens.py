@@ -38,11 +38,16 @@ def head_of(tokenizer: Any) -> list[int]:
     return whole[: starts[0]] if starts else []
 
 
-def tokenize_pairs(tokenizer: Any, prompts: list[str], completions: list[str]) -> Iterator[tuple[list[int], list[int]]]:
-    """Token ids of prompt and completion: the prompt's as they are at inference, the completion's as they follow it."""
-    joint = ids_of(tokenizer, [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)])
-    for prompt, whole, completion in zip(ids_of(tokenizer, prompts), joint, completions, strict=True):
-        if whole[: len(prompt)] == prompt:
-            yield prompt, whole[len(prompt) :]
-        else:  # a token straddles the border ("x " + "y" may be "x", " y"): the model will not see it so at inference
-            yield prompt, ids_of(tokenizer, [completion])[0]
+def tokenize_stretches(tokenizer: Any, rows: Sequence[Sequence[str]]) -> Iterator[list[list[int]]]:
+    """Token ids of a row's stretches: those of each as they are at inference, those of the next as they follow it."""
+    joint = iter(ids_of(tokenizer, ["".join(row[: end + 1]) for row in rows for end in range(len(row))]))
+    for row in rows:
+        parts, so_far = list[list[int]](), list[int]()
+        for stretch in row:
+            whole = next(joint)
+            if whole[: len(so_far)] == so_far:
+                parts.append(whole[len(so_far) :])
+            else:  # a token straddles the border ("x " + "y" may be "x", " y"): not so at inference
+                parts.append(ids_of(tokenizer, [stretch])[0])
+            so_far = [*so_far, *parts[-1]]
+        yield parts

@@ -18,8 +18,8 @@ from typing import Any
 import yaml
 from rich.table import Table
 
-from .. import curves, data, models
-from ..evaluate import device, evaluate, load_base
+from .. import curves, data
+from ..evaluate import device, evaluate, load_base, load_processor
 from ..measure import measure
 from ..progress import Progress
 from ..recipe import Recipe
@@ -171,7 +171,7 @@ def _measure_one(recipe: Recipe, test: Path, _progress: Progress) -> dict[str, A
     if RunFolder(recipe.output_dir).metrics.exists():
         perplexity = evaluate(Path(recipe.output_dir), data=str(test), recipe=everything)["metrics"]["perplexity"]
         return perplexity
-    processor = models.load_processor(recipe.model_name_or_path, task=recipe.task)
+    processor = load_processor(recipe)
     rows = data.prepare_evaluation(everything, processor, str(test))
     model = load_base(recipe, processor, None).to(device())
     scores = measure(model, rows.rows, rows.collator, task=recipe.task, batch_size=recipe.per_device_eval_batch_size)

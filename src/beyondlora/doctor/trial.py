@@ -6,6 +6,7 @@ from typing import Any
 
 from .. import data, models
 from ..attach import config_from
+from ..evaluate import load_processor
 from ..progress import Progress
 from ..recipe import Recipe, warmup_problem
 from ..run_folder import RunFolder
@@ -64,7 +65,7 @@ def try_recipe(recipe: Recipe, progress: Progress | None = None) -> dict[str, An
 
 def _training_rows(recipe: Recipe) -> int:
     """Read, check and tokenise all rows; returns how many there are to train on."""
-    processor = models.load_processor(recipe.model_name_or_path, task=recipe.task, image_size=recipe.image_size)
+    processor = load_processor(recipe)
     extra = models.extra_inputs(recipe.model_name_or_path, task=recipe.task, image_size=recipe.image_size)
     return len(data.prepare(data.read_splits(recipe), processor, recipe, extra_inputs=extra).train)
 

@@ -28,7 +28,15 @@ class Corpus:
         name = recipe.forgetting_dataset_name
         if name is None:
             return None
-        plain = recipe.replace(prompt_field=None, completion_field=None, metrics=None, columns=None)
+        of_other_rows = (
+            "prompt_field",
+            "completion_field",
+            "messages_field",
+            "chat_template_path",
+            "metrics",
+            "columns",
+        )
+        plain = recipe.replace(**dict.fromkeys(of_other_rows))
         return cls(data.prepare_evaluation(plain, processor, name))
 
     def begun_with(self, base: Any, **how: Any) -> "Corpus":

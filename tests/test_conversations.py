@@ -1,0 +1,200 @@
+"""Conversations: what of them is scored, beside transformers' own mask; templates of other ways; what is refused."""
+
+import json
+
+import pytest
+import small_runs
+
+from beyondlora import data
+from beyondlora.compare.held_out import check_apart, cut_off
+from beyondlora.data.tokens import NOT_SCORED
+from beyondlora.evaluate import evaluate, load_processor
+from beyondlora.recipe import Recipe
+from beyondlora.train import train
+
+CHATML = """{% for m in messages %}<|im_start|>{{ m.role }}
+{% if m.role == "assistant" %}{% generation %}{{ m.content }}<|im_end|>
+{% endgeneration %}{% else %}{{ m.content }}<|im_end|>
+{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+THINKING = """{% for m in messages %}[{{ m.role }}]
+{%- set kept = m.content if loop.last else m.content.split("</think>")[-1] %}{{ kept }}
+{% endfor %}{% if add_generation_prompt %}[assistant]<think>{% endif %}"""
+ALTERNATING = """{% for m in messages %}{% if (m.role == "user") != (loop.index0 % 2 == 0) %}\
+{{ raise_exception("roles must alternate") }}{% endif %}[{{ m.role }}]{{ m.content }}{% endfor %}"""
+
+TALKS = [
+    [
+        {"role": "system", "content": "You tell short stories."},
+        {"role": "user", "content": "Tell me of a cat."},
+        {"role": "assistant", "content": "Once there was a cat. It sat."},
+        {"role": "user", "content": "And then?"},
+        {"role": "assistant", "content": " It ran away!"},
+    ],
+    [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi, Tim."}],
+]
+NAMES = {"user": "human", "assistant": "gpt", "system": "system"}
+SHAREGPT = [[{"from": NAMES[m["role"]], "value": m["content"]} for m in talk] for talk in TALKS]
+
+
+@pytest.fixture
+def made(tmp_path):
+    """Write talks and a template; return the recipe that reads them."""
+
+    def make(talks, template=CHATML, **changes):
+        (tmp_path / "talks.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+        (tmp_path / "template.jinja").write_text(template)
+        return Recipe(
+            **{
+                "task": "causal-lm",
+                "model_name_or_path": "demo",
+                "adapter": small_runs.ADAPTERS["stella"],
+                "output_dir": str(tmp_path / "run"),
+                "dataset_name": str(tmp_path / "talks.jsonl"),
+                "messages_field": "messages",
+                "chat_template_path": str(tmp_path / "template.jinja"),
+                "eval_fraction": 0.0,
+                "max_length": 250,
+            }
+            | changes
+        )
+
+    return make
+
+
+def prepared(recipe):
+    return data.prepare(data.read_splits(recipe), load_processor(recipe), recipe)
+
+
+def said(tokenizer, row):
+    """The text that is scored, and the whole."""
+    return (
+        tokenizer.decode([label for label in row["labels"] if label != NOT_SCORED]),
+        tokenizer.decode(row["input_ids"]),
+    )
+
+
+@pytest.mark.parametrize("talks", [TALKS, SHAREGPT], ids=["role and content", "from and value"])
+def test_what_the_assistant_says_is_scored_and_nothing_else(made, talks):
+    recipe = made(talks)
+    tokenizer, splits = load_processor(recipe), prepared(recipe)
+    for row, talk in zip(splits.train, TALKS, strict=True):
+        theirs = tokenizer.apply_chat_template(
+            talk, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, add_special_tokens=False
+        )
+        assert row["input_ids"] == theirs["input_ids"]
+        masked = zip(theirs["input_ids"], theirs["assistant_masks"], strict=True)
+        assert row["labels"] == [token if mark else NOT_SCORED for token, mark in masked]
+    assert "last answer" not in splits.description
+
+
+def test_what_nobody_asked_for_and_nobody_answered_is_not_scored(made):
+    greeting = [{"role": "assistant", "content": "Welcome."}, *TALKS[1], {"role": "user", "content": "Bye"}]
+    recipe = made([greeting])
+    scored, whole = said(load_processor(recipe), prepared(recipe).train[0])
+    assert scored.strip() == "Hi, Tim.<|im_end|>"
+    assert "Welcome" in whole
+    assert "Bye" not in whole
+
+
+def test_of_a_template_that_leaves_thoughts_out_the_last_answer_is_scored(made):
+    talk = [
+        {"role": "user", "content": "One?"},
+        {"role": "assistant", "content": "<think>easy</think>Two."},
+        {"role": "user", "content": "Two?"},
+        {"role": "assistant", "content": "<think>hard</think>Three."},
+    ]
+    recipe = made([talk, talk[:2]], THINKING)
+    splits, tokenizer = prepared(recipe), load_processor(recipe)
+    scored, whole = said(tokenizer, splits.train[0])
+    assert scored.strip() == "hard</think>Three."  # the template itself opens the thought
+    assert "easy" not in whole
+    assert said(tokenizer, splits.train[1])[0].strip() == "easy</think>Two."
+    assert "1 rows with the last answer alone scored" in splits.description
+
+
+def test_a_long_conversation_is_cut_and_one_without_an_answer_dropped(made):
+    recipe = made([TALKS[0], TALKS[1][:1]], max_length=90)
+    splits = prepared(recipe)
+    assert len(splits.train) == 1
+    assert len(splits.train[0]["input_ids"]) == 90
+    assert "1 rows cut" in splits.description
+    assert "1 rows dropped" in splits.description
+
+
+def test_tools_keep_what_the_template_may_want(made):
+    template = "{% for m in messages %}[{{ m.role }}]{{ m.content or m.tool_calls[0].name }}{% endfor %}"
+    call = {"role": "assistant", "tool_calls": [{"name": "weather"}]}
+    talk = [TALKS[1][0], call, {"role": "tool", "content": "sun"}, {"role": "assistant", "content": "It is sunny."}]
+    recipe = made([talk], template)
+    scored, whole = said(load_processor(recipe), prepared(recipe).train[0])
+    assert whole.strip() == "[user]Hello[assistant]weather[tool]sun[assistant]It is sunny."
+    assert (
+        scored.strip() == "[assistant]weather[assistant]It is sunny."
+    )  # no generation prompt: it opens the turn itself
+
+
+def test_test_rows_are_cut_off_conversations_too(made, tmp_path):
+    talks = [[{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n}!"}] for n in range(20)]
+    recipe, test = cut_off(made(talks, eval_fraction=0.2), 0.25, tmp_path / "cut")
+    assert check_apart(recipe, test) == 0
+    assert len(prepared(recipe).train) == 12
+    shared = recipe.replace(eval_dataset_name=test)
+    with pytest.raises(ValueError, match="5 of the validation rows are test rows too"):
+        check_apart(shared, test)
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_a_run_on_conversations_is_measured_again_alike_and_keeps_its_template(made, tmp_path):
+    summary = train(made(TALKS * 8, eval_fraction=0.25, max_steps=4, per_device_train_batch_size=2, learning_rate=1e-2))
+    assert evaluate(tmp_path / "run")["metrics"] == summary["metrics"]
+    assert (tmp_path / "run" / "adapter" / "chat_template.jinja").read_text() == CHATML
+
+
+@pytest.mark.parametrize(
+    ("talks", "complaint"),
+    [
+        ([["Hello"]], "field 'messages' holds list<.*>, expected lists of messages"),
+        (["Hello"], "field 'messages' holds string, expected lists of messages"),
+        ([TALKS[1], []], "row 2: field 'messages' holds no messages"),
+        ([TALKS[1], None], "row 2: no value in field 'messages'"),
+        ([[{"role": "user"}]], "row 1: field 'messages' holds a message of 'user' without content"),
+        ([[{"speaker": "Tim", "text": "Hi"}]], "holds a message with speaker, text; it needs role and content"),
+        ([[{"from": "narrator", "value": "Hi"}]], "holds a message from 'narrator'; known are human, user, gpt"),
+    ],
+)
+def test_what_is_no_conversation_is_refused_with_its_row(made, talks, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        data.read_splits(made(talks))
+
+
+def test_what_a_template_does_not_take_is_refused_with_its_row(made):
+    with pytest.raises(
+        ValueError, match=r"training rows, row 1: the chat template does not take .*: roles must alternate"
+    ):
+        prepared(made(TALKS, ALTERNATING))
+
+
+def test_a_template_that_rewrites_the_question_is_refused(made):
+    rewriting = "{{ messages | length }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    with pytest.raises(ValueError, match="writes the question in another way once it is answered"):
+        prepared(made(TALKS, rewriting))
+
+
+def test_a_tokenizer_without_a_template_is_refused(made):
+    with pytest.raises(ValueError, match=r"the tokenizer has no chat template.*chat_template_path"):
+        prepared(made(TALKS, chat_template_path=None))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "complaint"),
+    [
+        ({"chat_template_path": "nowhere.jinja"}, FileNotFoundError, "chat_template_path='nowhere.jinja': there is no"),
+        ({"messages_field": None}, ValueError, "name their field with messages_field"),
+        ({"prompt_field": "a", "completion_field": "b"}, ValueError, "without prompt_field and completion_field"),
+        ({"metrics": ["exact_match"], "eval_fraction": 0.1}, ValueError, "need task: causal-lm with a prompt_field"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(made, changes, error, complaint):
+    with pytest.raises(error, match=complaint):
+        prepared(made(TALKS, **changes))
