@@ -587,6 +587,23 @@ def test_a_learning_rate_out_of_this_world_stops_the_run(recipe, tmp_path):
     assert same_weights(tmp_path / "run" / "last", tmp_path / "run" / "adapter")
 
 
+def test_of_several_devices_without_a_launcher_one_is_used_and_said(recipe, monkeypatch):
+    """The Trainer would take nn.DataParallel."""
+    arguments, told = [], []
+
+    def of_two_devices(recipe):
+        arguments.append(made(recipe))
+        arguments[0]._n_gpu = 2
+        return arguments[0]
+
+    made = beyondlora.train._training_arguments
+    monkeypatch.setattr(beyondlora.train, "_training_arguments", of_two_devices)
+    monkeypatch.setattr(Progress, "say", lambda _, message: told.append(message))
+    train(recipe(max_steps=1))
+    assert arguments[0].n_gpu == 1
+    assert any("There are 2 devices, and one is used: `accelerate launch" in message for message in told)
+
+
 # A Ctrl-C that something swallows, and SIGTERM -----------------------------------------------------------------------
 
 

@@ -121,7 +121,7 @@ def _config_classes() -> dict[str, Any]:
 
 def peft_types() -> list[str]:
     """Return the names of every method PEFT knows in this process, ours included."""
-    return sorted(str(getattr(name, "value", name)) for name in PEFT_TYPE_TO_CONFIG_MAPPING)
+    return sorted(_config_classes().keys() - {FULL})
 
 
 def _nearest(name: str, known: list[str]) -> str:

@@ -22,6 +22,7 @@ from .figures import Examination, check_extras
 from .measure import Outcomes, as_dict
 from .recipe import Recipe
 from .run_folder import RunFolder, check_writable
+from .tuner.packing import keep_unpacked
 
 TASK_OF_TYPE = {"CAUSAL_LM": "causal-lm"}  # the only PEFT task type that says how a row is to be read
 
@@ -62,7 +63,7 @@ def evaluate(
     base = opened.base()
     examination = examination.begun_with(base, device())
     model = opened.load(base)
-    network: Any = (_merge(model) if merged else model).to(device())
+    network: Any = place(_merge(model) if merged else model)
     scores = examination.measure(
         network, batch_size=batch_size, on_batch=on_batch, on_outcomes=on_outcomes, keep=keep if main else None
     )
@@ -134,6 +135,11 @@ def device() -> torch.device:
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
+def place(model: Any) -> Any:
+    """Put a model where it is to run; one in 8 or 4 bits has been loaded there, and refuses to be moved."""
+    return model if getattr(model, "hf_quantizer", None) is not None else model.to(device())
+
+
 def load_processor(recipe: Recipe) -> Any:
     """The tokenizer or image processor that a recipe names, with the recipe's chat template if it has one."""
     return models.load_processor(
@@ -146,13 +152,16 @@ def load_processor(recipe: Recipe) -> Any:
 
 def load_base(recipe: Recipe, processor: Any, label_names: list[str] | None) -> Any:
     """Load the base model that a recipe names, with a head for the recipe's labels."""
-    return models.load_base(
+    base = models.load_base(
         recipe.model_name_or_path,
         task=recipe.task,
         label_names=label_names,
         dtype=recipe.dtype,
+        bits=recipe.bits,
         pad_token_id=getattr(processor, "pad_token_id", None),
     )
+    keep_unpacked(base)  # it may be measured before an adapter is attached
+    return base
 
 
 def locate(target: Path) -> tuple[Path, RunFolder | None]:

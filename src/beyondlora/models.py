@@ -10,6 +10,7 @@ import contextlib
 import importlib.resources
 import importlib.util
 import inspect
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BaseImageProcessor,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -74,6 +76,7 @@ def load_base(
     num_labels: int | None = None,
     label_names: Sequence[str] | None = None,
     dtype: str = "float32",
+    bits: int | None = None,
     pad_token_id: int | None = None,
 ) -> PreTrainedModel:
     """The pretrained model for a task, with a new head where the task needs another one than the folder has.
@@ -87,10 +90,15 @@ def load_base(
         num_labels: classes of a classification task; taken from label_names where those are given.
         label_names: their names, in the order of their numbers.
         dtype: "float32" or "bfloat16", of the weights.
+        bits: 8 or 4 = bitsandbytes holds the linear layers in so many, on the accelerator if there is one.
         pad_token_id: the processor's; a decoder that classifies sequences needs it to find their ends.
     Raises: FileNotFoundError, ValueError.
     """
     options = {"dtype": _DTYPES[dtype], **_head_options(task, num_labels, label_names)}
+    if bits is not None:
+        options["quantization_config"] = _quantization(bits, _DTYPES[dtype])
+    if bits == 8:  # which says in every run, and nowhere else, that it computes in half precision
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     with quiet_transformers(), _explained(name_or_path, f"a model for {task}"):
         model, report = _AUTO_CLASSES[task].from_pretrained(
             resolve_name(name_or_path), output_loading_info=True, ignore_mismatched_sizes=task != "causal-lm", **options
@@ -255,6 +263,14 @@ def _head_options(task: str, num_labels: int | None, label_names: Sequence[str] 
     options["id2label"] = dict(enumerate(label_names))
     options["label2id"] = {label: i for i, label in enumerate(label_names)}
     return options
+
+
+def _quantization(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
 
 
 def _check_weights(name: str, body: str, report: dict[str, Any]) -> None:

@@ -96,6 +96,9 @@ class Recipe:
         max_grad_norm: gradients are clipped to this norm; 0 = no clipping.
         optim: transformers' name of the optimizer.
         dtype: "float32" or "bfloat16", of the base model's weights.
+        load_in_8bit, load_in_4bit: causal-lm: hold the base model's linear layers in so many bits, by bitsandbytes (4:
+            NF4, its scales quantised too, as in QLoRA), and compute in dtype. Not with FULL, nor with weights that are
+            cut over processes.
         bf16: compute in bfloat16 (autocast) whatever the weights are stored in.
         seed: initialisation, data order, dropout.
         logging_steps, eval_steps, save_steps: optimizer steps between lines of metrics, evaluations, checkpoints.
@@ -153,6 +156,8 @@ class Recipe:
     max_grad_norm: float = 1.0
     optim: str = "adamw_torch_fused"
     dtype: Literal["float32", "bfloat16"] = "float32"
+    load_in_8bit: bool = False
+    load_in_4bit: bool = False
     bf16: bool = False
     seed: int = 42
     logging_steps: int = 10
@@ -164,6 +169,11 @@ class Recipe:
         for name, annotation in _annotations().items():
             setattr(self, name, _coerce(name, getattr(self, name), annotation))
         _check_values(self)
+
+    @property
+    def bits(self) -> int | None:
+        """Of the base model's linear layers, where bitsandbytes holds them."""
+        return 8 if self.load_in_8bit else 4 if self.load_in_4bit else None
 
     @classmethod
     def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -266,6 +276,7 @@ def _check_values(recipe: Recipe) -> None:
         raise ValueError("messages_field is for task: causal-lm, without prompt_field and completion_field")
     if recipe.chat_template_path is not None and recipe.messages_field is None:
         raise ValueError("chat_template_path writes conversations; name their field with messages_field")
+    _check_bits(recipe)
     if recipe.warmup_steps and recipe.warmup_ratio:
         raise ValueError("warmup_steps and warmup_ratio say the same thing in two units; give one of them")
     if recipe.columns is not None and len(set(recipe.columns)) != len(recipe.columns):
@@ -274,6 +285,17 @@ def _check_values(recipe: Recipe) -> None:
         if not getattr(recipe, name).strip():
             raise ValueError(f"{name} is empty")
     _check_metrics(recipe)
+
+
+def _check_bits(recipe: Recipe) -> None:
+    if recipe.load_in_8bit and recipe.load_in_4bit:
+        raise ValueError("load_in_8bit and load_in_4bit are two forms of the same weights; choose one")
+    if recipe.bits is not None and recipe.task != "causal-lm":
+        raise ValueError(f"load_in_{recipe.bits}bit is for task: causal-lm; a head for {recipe.task} trains in full")
+    if recipe.bits is not None and recipe.adapter.get("peft_type") == "FULL":
+        raise ValueError(
+            f"load_in_{recipe.bits}bit holds weights that cannot be trained, and peft_type FULL trains them"
+        )
 
 
 def _check_metrics(recipe: Recipe) -> None:

@@ -99,6 +99,11 @@ def train(
     base = load_base(recipe, processor, splits.label_names)
     examination = examination and examination.begun_with(base, device())
     model: Any = attach(base, config, recipe)
+    if arguments.n_gpu > 1:
+        progress.say(
+            f"There are {arguments.n_gpu} devices, and one is used: `accelerate launch -m beyondlora train …` uses all."
+        )
+        arguments._n_gpu = 1  # the Trainer would take nn.DataParallel
     with quiet():
         Trainer.get_optimizer_cls_and_kwargs(arguments, model)  # raises where its package is missing
 
@@ -129,6 +134,11 @@ def _check_launch(recipe: Recipe) -> None:
         raise ValueError(
             "accelerate was asked for the first version of FSDP, which flattens weights, and a recipe's run has not "
             "learned to save such. Launch it with --fsdp_version 2 (or fsdp_version: 2 in accelerate's configuration)."
+        )
+    if (shards or is_deepspeed_zero3_enabled()) and recipe.bits:
+        raise ValueError(
+            f"load_in_{recipe.bits}bit, and the launcher was asked to cut weights over processes (FSDP or ZeRO 3): "
+            "packed ones are not cut here. Launch data parallel, or leave one of the two out."
         )
     if (shards or is_deepspeed_zero3_enabled()) and recipe.forgetting_dataset_name:
         raise ValueError(

@@ -14,7 +14,7 @@ from launches import Launches
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from beyondlora.adapters import Adapter, CeraAdapter, dropout
+from beyondlora.adapters import Adapter, CeraAdapter, dropout, products
 from beyondlora.adapters.dropout import Drawn, draw_mask
 from beyondlora.adapters.fused import Beside, Down, Middle
 
@@ -58,6 +58,25 @@ def test_equals_the_definition(row: Row, lead: tuple[int, ...], dtype: torch.dty
     arguments = adapter, fresh(*lead, 6, dtype=dtype), fresh(5, 6, dtype=dtype), fresh(*lead, 5, dtype=dtype)
     for mine, definition in zip(results(fast, *arguments), results(plain, *arguments), strict=True):
         torch.testing.assert_close(mine, definition, rtol=ROUNDING[dtype], atol=ROUNDING[dtype])
+
+
+@some_rows
+def test_an_input_that_lies_transposed_is_dropped_by_one_kernel_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU does, whose kernel lays out mask and result as the input lies."""
+    x = fresh(2, 6, 4).mT.requires_grad_()
+    mask = torch.rand_like(x) > 0.3
+    for module in (products, dropout):
+        monkeypatch.setattr(module, "DROPPING", {"cpu"})
+    monkeypatch.setattr(torch, "native_dropout", lambda x, p, train: (x * mask / (1 - p), mask))
+    adapter, base = ROWS[name].build(6, 5, 3), nn.Linear(6, 5, dtype=torch.float64).requires_grad_(False)
+    if name != "cera-silu":  # whose dropout is elsewhere
+        adapter.dropout = nn.Dropout(0.3)
+    dropped = x * mask / 0.7 if name != "cera-silu" else x
+    expected = base(x) + adapter.write(adapter.up(adapter.core(adapter.read(dropped)))) * adapter.scaling
+    for compute in (lambda: adapter.beside(base, x), lambda: adapter.add_to(base(x), x, overwrite=True)):
+        torch.testing.assert_close(compute(), expected)
+        (mine,), (theirs,) = (torch.autograd.grad(y.sum(), x, retain_graph=True) for y in (compute(), expected))
+        torch.testing.assert_close(mine, theirs)
 
 
 @every_row

@@ -5,6 +5,7 @@ import small_models
 import torch
 from methods import METHODS, every_method
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import beyondlora
@@ -122,6 +123,17 @@ def test_a_hotswapped_adapter_is_the_loaded_one(method, tmp_path):
     model.save_pretrained(tmp_path / "again")
     reloaded = PeftModel.from_pretrained(small_models.llama(), tmp_path / "again").eval()
     torch.testing.assert_close(logits(reloaded), logits(other), rtol=0, atol=0)
+
+
+def test_a_hotswapped_file_in_half_precision_is_put_back_on_the_manifold(tmp_path):
+    other = get_peft_model(small_models.llama(), StellaConfig(r=4, target_modules=["k_proj"]))
+    other.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({name: weight.bfloat16() for name, weight in load_file(path).items()}, path)
+    model = get_peft_model(small_models.llama(), StellaConfig(r=4, target_modules=["k_proj"]))
+    beyondlora.hotswap_adapter(model, tmp_path)
+    factors = [layer.orthonormal for layer in model.modules() if isinstance(layer, StiefelLinear)]
+    assert max(distance_to_stiefel(factor).item() for factor in factors) < 1e-6
 
 
 @pytest.mark.parametrize(

@@ -529,11 +529,34 @@ def test_experts_that_get_no_adapter_are_told(targets, warned):
     assert all("gate_up_proj" in sentence for sentence in told)
 
 
+def test_a_config_that_counts_experts_layer_by_layer_is_taken():
+    base = small_models.llama()
+    base.config.num_experts = [2, 4]
+    assert layers(get_peft_model(base, StellaConfig(r=2, target_modules="all-linear")))
+
+
 @every_method
 def test_a_module_to_save_that_does_not_exist_is_refused(method):
     with pytest.raises(ValueError, match=r"modules_to_save holds 'lm_haed'.* did you mean 'lm_head'\?"):
         adapted(method, modules_to_save=["embed_tokens", "lm_haed"])
     adapted(method, modules_to_save=["embed_tokens", "model.lm_head"])  # base_model.model.lm_head
+
+
+@exact
+def test_a_model_that_was_cast_while_merged_stays_cast(method):
+    model = adapted(method)
+    model.merge_adapter()
+    model.half()
+    model.unmerge_adapter()
+    assert {layer.get_base_layer().weight.dtype for layer in layers(model).values()} == {torch.float16}
+
+
+def test_an_embeddings_steps_are_scaled_by_its_width_and_not_by_its_vocabulary():
+    """Of a model whose config names no hidden size; the gradient's scale is √(d / rows) (METHODS.md)."""
+    model = get_peft_model(nn.Sequential(nn.Embedding(500, 16)), StellaConfig(r=4, target_modules=["0"]))
+    adapter = layers(model)["base_model.model.0"].adapters["default"]
+    assert adapter.up.step_scale == 1
+    assert adapter.down.step_scale == pytest.approx((16 / 500) ** 0.5)
 
 
 def test_lora_is_left_alone():

@@ -128,14 +128,17 @@ def test_merging_where_loras_merge(method, base, folder):
     assert (logits(model) - attached).abs().max() < bound
 
 
-def test_a_weight_packed_by_an_evaluation_before_is_not_merged_into(folder):
+def test_a_weight_packed_by_an_evaluation_before_is_neither_trained_beside_nor_merged_into(folder):
     functional = pytest.importorskip("bitsandbytes.functional")
     if not functional.has_avx512bf16():
         pytest.skip("bitsandbytes packs 4-bit weights on CPUs with AVX512-BF16 only")
     base = bnb_4bit(folder)
     logits(base)
     stella = next(m for m in METHODS if m.name == "stella")
-    model = get_peft_model(base, stella.config(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    options = {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    with pytest.raises(ValueError, match=r"packed this layer's 4-bit weight.*nothing before it would learn"):
+        get_peft_model(base, stella.config(**options))
+    model = get_peft_model(base, stella.config(**options, inference_mode=True))
     attached = logits(model)
     with pytest.raises(ValueError, match="packed this layer's 4-bit weight"):
         model.merge_adapter()

@@ -4,6 +4,8 @@ A projection of one token takes 3 µs, and 6 by `module(x)`: the call's ceremony
 `nn.Module.__getattr__`. `call` goes by the dictionaries behind both, and gives way to the module where anybody watches.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -42,7 +44,19 @@ def is_watched(module: nn.Module) -> bool:
 
 
 def weight_of(module: nn.Module) -> Tensor:
-    """Its weight, which a wrapper may hold elsewhere than among the parameters: FSDP1 a view, while it computes."""
-    weight = module._parameters.get("weight")
-    found: Tensor = module.weight if weight is None else weight  # type: ignore[assignment]
-    return found
+    """Its weight; see `_held`."""
+    return _held(module, "weight")
+
+
+def bias_of(module: nn.Module) -> Tensor | None:
+    """Its bias, if it has one; see `_held`."""
+    return _held(module, "bias")
+
+
+def _held(module: nn.Module, name: str) -> Any:
+    """A tensor that a wrapper may hold elsewhere than among the parameters.
+
+    FSDP1 has a view there while it computes, `nn.DataParallel` a copy, a parametrization what it makes.
+    """
+    held = module._parameters
+    return held[name] if name in held else getattr(module, name, None)

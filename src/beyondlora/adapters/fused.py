@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from ..manifold.linear import StiefelLinear
-from .brief import is_watched, weight_of
+from .brief import bias_of, is_watched, weight_of
 from .dropout import Drawn, draw
 from .products import add_product_, flat, masked, narrow, read_twice, up_gradient, weight_gradient, widen_
 
@@ -72,7 +72,7 @@ def operands(x_TN: Tensor, base: nn.Module, down: nn.Module, up: nn.Module, drop
     if not (is_plain_linear(down) and is_plain_linear(up) and (is_dropping(dropout) or is_nothing(dropout))):
         return None
     x_TN, W_MN = as_autocast(x_TN, x_TN, weight_of(base))
-    A_RN, B_MR, b_M = weight_of(down), weight_of(up), base._parameters.get("bias")
+    A_RN, B_MR, b_M = weight_of(down), weight_of(up), bias_of(base)
     lower = autocast_dtype(x_TN)
     dtype = A_RN.dtype if lower is None or A_RN.dtype == torch.float64 else lower
     if x_TN.dtype != W_MN.dtype or A_RN.dtype != B_MR.dtype or not widens(x_TN.dtype, dtype):
@@ -270,7 +270,7 @@ def drawn(dropout: nn.Module, x_TN: Tensor) -> Drawn:
 def dropped_and_narrow(x_TN: Tensor, A_RN: Tensor, drop: Drawn) -> Tensor:
     """(x ∘ mask) Aᵀ / share."""
     if drop.rest is not None:
-        return narrow(drop.rest.view(x_TN.shape), A_RN)
+        return narrow(drop.rest.reshape(x_TN.shape), A_RN)  # laid out as x is, flat or not
     return over(drop.share, narrow(x_TN, A_RN, drop.mask))
 
 
@@ -283,7 +283,7 @@ def is_frozen_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     """A linear layer that does not train and that nobody watches, with plain tensors for weights."""
     if type(module).forward is not nn.Linear.forward or has_hooks(module):
         return False
-    weight, bias = weight_of(module), module._parameters.get("bias")
+    weight, bias = weight_of(module), bias_of(module)
     if bias is not None and (bias.requires_grad or not is_plain(bias)):
         return False
     return is_plain(weight) and not weight.requires_grad
@@ -306,7 +306,7 @@ def is_dropping(module: nn.Module) -> TypeGuard[nn.Dropout]:
 
 def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     """x Wᵀ and nothing else: no bias, no hook that would see the module called (FSDP's, a profiler's, a user's)."""
-    bare = type(module).forward in LINEAR and module._parameters.get("bias") is None
+    bare = type(module).forward in LINEAR and bias_of(module) is None
     return bare and not has_hooks(module)
 
 

@@ -20,6 +20,7 @@ from ..run_folder import replacing
 from ..targets import is_linear
 from ..tuner.config import AdapterConfig
 from ..tuner.layer import AdapterLayer
+from ..tuner.packing import take_out_8bit
 from .distil import distil
 from .folder import PREFIX, Factors, as_text, check_free, serving_command, vllm_rank, write_lora, write_record
 from .gap import Adapted, Gap, compare
@@ -224,12 +225,14 @@ def _coarsest(model: PeftModel, adapted: Adapted) -> torch.dtype:
     """The dtype with the largest rounding error that the live model computes in."""
     dtypes = {adapter.down.weight.dtype for _, adapter in adapted.values()}
     dtypes |= {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    dtypes |= {torch.float16 for parameter in model.parameters() if parameter.dtype == torch.int8}  # bitsandbytes' way
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 @contextmanager
 def plain_base(model: PeftModel) -> Iterator[nn.Module]:
     """The base model without adapters, as new modules around the very same weights; no memory is doubled."""
+    take_out_8bit(model)
     shared = list(itertools.chain(model.parameters(), model.buffers()))
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     with quiet():

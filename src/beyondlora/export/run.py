@@ -68,6 +68,12 @@ def export(
     progress = progress or Progress()
     report = report or distil is not None
     opened = open_target(target, data=data, recipe=recipe, needs_rows=report)
+    if to == "merged" and opened.recipe.bits:
+        raise ValueError(
+            f"The run's base model is held in {opened.recipe.bits} bits, which a merged weight would be rounded to. "
+            "Export --to lora, or merge into the whole model: with --recipe, a copy of the run's recipe without "
+            f"load_in_{opened.recipe.bits}bit."
+        )
     evaluation = opened.rows() if opened.measurable else None
     distil_on = None
     if distil is not None:

@@ -21,22 +21,24 @@ from .generation import write
 from .harness import Harness
 from .solutions import pass_at_k, right, strict
 
-EXTRAS = {  # what figures need beyond the plain installation: task, metric or key -> (module, extra)
+EXTRAS = {  # what is needed beyond the plain installation: task, metric or key -> (module, extra)
     "sequence-classification": [("sklearn", "metrics")],
     "sequence-regression": [("scipy", "metrics")],
     "image-classification": [("sklearn", "metrics"), ("PIL", "images")],
     "exact_match": [("math_verify", "math")],
     "pass@": [("math_verify", "math")],
     "lm_eval_tasks": [("lm_eval", "lm_eval")],
+    "load_in_8bit": [("bitsandbytes", "quantization")],
+    "load_in_4bit": [("bitsandbytes", "quantization")],
 }
 
 OnBatch = Callable[[int, int], None]
 
 
 def check_extras(recipe: Recipe) -> None:
-    """Refuse a recipe whose figures need what is not installed. Raises: ValueError."""
+    """Refuse a recipe that needs what is not installed. Raises: ValueError."""
     asked = [("task", recipe.task), *(("metric", name) for name in recipe.metrics or ())]
-    asked += [("key", "lm_eval_tasks")] if recipe.lm_eval_tasks else []
+    asked += [("key", key) for key in ("lm_eval_tasks", "load_in_8bit", "load_in_4bit") if getattr(recipe, key)]
     for what, name in asked:
         for module, extra in EXTRAS.get("pass@" if passes(name) else name, []):
             if importlib.util.find_spec(module) is None:
@@ -64,9 +66,10 @@ class Examination:
         """The same, knowing what the base model knew before anything was attached to it; the base stays where it is."""
         if self.corpus is None:
             return self
-        home = base.device
-        corpus = self.corpus.begun_with(base.to(device), **self._how)
-        base.to(home)
+        home, stays = base.device, getattr(base, "hf_quantizer", None) is not None  # loaded where it is to run
+        corpus = self.corpus.begun_with(base if stays else base.to(device), **self._how)
+        if not stays:
+            base.to(home)
         return dataclasses.replace(self, corpus=corpus)
 
     @property

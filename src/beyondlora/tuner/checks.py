@@ -68,7 +68,7 @@ def warn_of_experts(config: Any, model: nn.Module) -> None:
     """transformers holds the weights of all experts in one parameter: there is no layer for an adapter beside it."""
     about: Any = getattr(model, "config", None)
     about = about.get_text_config() if hasattr(about, "get_text_config") else about
-    counts = {getattr(about, name, None) for name in EXPERTS} - {None}
+    counts = [count for name in EXPERTS if isinstance(count := getattr(about, name, None), int)]
     left_out = [n for n, weight in model.named_parameters() if weight.dim() == 3 and weight.shape[0] in counts]
     targets = config.target_modules or ()
     if isinstance(targets, str):

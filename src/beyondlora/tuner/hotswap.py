@@ -1,4 +1,4 @@
-"""Other weights for an adapter in place: no new layers, no new memory, no new compilation.
+"""Other weights for an adapter in place: no new layers, no new memory, no new compilation at the same scaling.
 
 PEFT's own `hotswap_adapter` is LoRA's alone.
 """
@@ -6,8 +6,7 @@ PEFT's own `hotswap_adapter` is LoRA's alone.
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from peft.utils.other import get_pattern_key
 from torch import Tensor
@@ -49,9 +48,7 @@ def hotswap_adapter(
     target = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     _check_shapes(target, weights)
     _refuse_merged(model, adapter_name)
-    with torch.no_grad():
-        for name, tensor in target.items():
-            tensor.copy_(weights[name])
+    set_peft_model_state_dict(model, weights, adapter_name=adapter_name)  # StelLA's factors take a rounded file, too
     for layer_name, layer in model.get_base_model().named_modules():
         if isinstance(layer, AdapterLayer) and adapter_name in layer.adapters:
             adapter = layer.adapters[adapter_name]

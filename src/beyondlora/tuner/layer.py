@@ -153,7 +153,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         if self._weight_before_merge is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self.set_base_weight(self._weight_before_merge.to(self.get_base_weight().device))
+        self.set_base_weight(self._weight_before_merge.to(self.get_base_weight()))  # the model may have been cast since
         self._weight_before_merge = None
         self.merged_adapters.clear()
 
@@ -204,6 +204,15 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
                 self._called[name][key] = present
         return self.adapters[name]
 
+    def _replicate_for_data_parallel(self) -> Any:
+        """A copy for one device of `nn.DataParallel`, which replaces what is registered; the rest is copied here."""
+        replica: Any = super()._replicate_for_data_parallel()
+        replica._called = {name: dict(parts) for name, parts in self._called.items()}
+        replica.adapters = {
+            name: _replica(adapter, set(self._called[name].values())) for name, adapter in self.adapters.items()
+        }
+        return replica
+
     def _add(self, adapter: Adapter, result: Tensor, x: Tensor, *, overwrite: bool = False) -> Tensor:
         """The adapter's branch added, perhaps in the result's memory."""
         if x.is_floating_point():  # and not an embedding's indices
@@ -228,6 +237,14 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return self.prefix.removesuffix("_") + "." + super().__repr__()
+
+
+def _replica(module: nn.Module, registered: set[nn.Module]) -> Any:
+    replica: Any = module._replicate_for_data_parallel()
+    for name, child in module._modules.items():
+        if child is not None and child not in registered:
+            replica._modules[name] = _replica(child, registered)
+    return replica
 
 
 def _broken(names: list[str]) -> str:

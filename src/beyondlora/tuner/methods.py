@@ -179,7 +179,8 @@ class StellaConfig(AdapterConfig):
         if self.stella_grad_scaling is False:
             return None
         if self.stella_grad_scaling is True:
-            return float(layer.hidden_size or layer.in_features)
+            looks_up = layer.reading is not None and layer.reading.picks_columns  # N is then the size of a vocabulary
+            return float(layer.hidden_size or (layer.out_features if looks_up else layer.in_features))
         return self.stella_grad_scaling
 
     def _check_method(self) -> None:

@@ -18,7 +18,7 @@ from .combine import check_combination, combine, combined_config
 from .config import AdapterConfig, LayerSpec
 from .layer import AdapterLayer
 from .mixed_batch import check_names, handing_out
-from .packing import keep_unpacked
+from .packing import keep_unpacked, refuse_packed
 
 
 class AdapterModel(BaseTuner):
@@ -46,6 +46,8 @@ class AdapterModel(BaseTuner):
         ]
         if problems:
             raise ValueError(joined(problems))
+        for module in () if peft_config.inference_mode else model.modules():
+            refuse_packed(module, "no gradient passes through it, so nothing before it would learn")
         keep_unpacked(model)
 
     def _targets(self, peft_config: AdapterConfig, model: nn.Module) -> dict[str, nn.Module]:

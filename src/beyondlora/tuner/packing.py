@@ -1,7 +1,8 @@
-"""bitsandbytes' 4-bit weights, packed anew for inference on some processors (AVX512-BF16).
+"""bitsandbytes' weights, which their layers change in the first forward pass.
 
-Its Linear4bit does so in the first forward pass in eval mode on such a CPU. A packed weight passes no gradient on to
-its input, and what PEFT dequantises from it is noise: a merge after an evaluation would be silently wrong.
+Linear4bit packs its weight anew for inference, in eval mode on some processors (AVX512-BF16). A packed weight passes no
+gradient on to its input, and what PEFT dequantises from it is noise: a merge after an evaluation would be silently
+wrong. Linear8bitLt takes the numbers out of the weight: a second layer around the same one finds none.
 """
 
 from typing import Any
@@ -16,12 +17,20 @@ def keep_unpacked(model: nn.Module) -> None:
             vars(module)["support_avx512bf16_for_cpu"] = False
 
 
-def refuse_packed(layer: nn.Module) -> None:
+def refuse_packed(layer: nn.Module, consequence: str = "there is no exact way back") -> None:
     """Raise a ValueError for a layer whose weight was packed before there was an adapter to keep it from that."""
     state: Any = getattr(getattr(layer, "weight", None), "quant_state", None)
     if getattr(state, "packing_format_for_cpu", False):
         raise ValueError(
             "bitsandbytes has packed this layer's 4-bit weight for inference on this CPU, because the base model was "
-            "evaluated before it had an adapter; there is no exact way back. Load the base model again, and put the "
-            "adapter on it before the first evaluation."
+            f"evaluated before it had an adapter; {consequence}. Load the base model again, and put the adapter on it "
+            "before the first evaluation."
         )
+
+
+def take_out_8bit(model: nn.Module) -> None:
+    """Let the model's 8-bit layers take their numbers now: copies of them, around the same weights, have them too."""
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "init_8bit_state")]
+    for layer in layers:
+        if getattr(layer.weight, "CB", None) is not None:
+            layer.init_8bit_state()
