@@ -165,7 +165,8 @@ def test_training_fields_have_transformers_names_and_defaults():
     theirs = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
     ours = {field.name: field.default for field in dataclasses.fields(Recipe)}
     first = list(ours).index("learning_rate")
-    not_theirs = {"warmup_ratio", "dtype"}  # the first until transformers 5, the second is from_pretrained's
+    of_the_base = {"dtype", "load_in_8bit", "load_in_4bit"}  # from_pretrained's, and TRL's
+    not_theirs = {"warmup_ratio", *of_the_base}  # the first until transformers 5
     chosen = {"learning_rate", "logging_steps", "eval_steps", "save_steps"}
     for name in list(ours)[first:]:
         if name not in not_theirs:

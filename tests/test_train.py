@@ -12,13 +12,13 @@ from types import SimpleNamespace
 import pytest
 import small_runs
 import torch
-from peft import get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 from transformers import ViTConfig, ViTForImageClassification
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import beyondlora.train
 from beyondlora.attach import attach, config_from
-from beyondlora.evaluate import evaluate
+from beyondlora.evaluate import evaluate, load_base, load_processor
 from beyondlora.interrupts import Terminated, terminate
 from beyondlora.progress import Progress
 from beyondlora.recipe import Recipe
@@ -585,6 +585,25 @@ def test_a_learning_rate_out_of_this_world_stops_the_run(recipe, tmp_path):
         train(recipe(learning_rate=1e30))
     assert all(tensor.isfinite().all() for tensor in small_runs.weights(tmp_path / "run" / "last").values())
     assert same_weights(tmp_path / "run" / "last", tmp_path / "run" / "adapter")
+
+
+@pytest.mark.filterwarnings("ignore:Setting .save_embedding_layers. to .True.")  # the Trainer's checkpoints
+@pytest.mark.parametrize("targets", [["embed_tokens", "q_proj"], ["lm_head", "q_proj"]], ids=lambda names: names[0])
+@pytest.mark.parametrize("peft_type", ["LORA", "CERA", "AURORA", "STELLA"])
+def test_adapters_beside_the_tables_of_tokens(peft_type, targets, recipe, house, tmp_path):
+    """PEFT saves such a table, which has not changed, beside its adapter; a run does not, and reads both."""
+    wanted = recipe(adapter={"peft_type": peft_type, "r": 2, "target_modules": targets}, max_steps=6)
+    with pytest.raises(KeyboardInterrupt):
+        train(wanted.replace(save_steps=1, logging_steps=1), progress=Swallowing())
+    summary = train(wanted.replace(save_steps=1, logging_steps=1), resume=True)
+    assert evaluate(tmp_path / "run")["metrics"] == summary["metrics"]
+    assert not any("base_layer" in name for name in small_runs.weights(tmp_path / "run" / "adapter"))
+    base = load_base(wanted, load_processor(wanted), None)
+    model = PeftModel.from_pretrained(base, tmp_path / "run" / "adapter")
+    model.save_pretrained(tmp_path / "theirs", save_embedding_layers=True)
+    assert any("base_layer" in name for name in small_runs.weights(tmp_path / "theirs"))
+    theirs = evaluate(tmp_path / "theirs", recipe=wanted)
+    assert theirs["metrics"] == summary["metrics"]
 
 
 def test_of_several_devices_without_a_launcher_one_is_used_and_said(recipe, monkeypatch):

@@ -250,8 +250,18 @@ def _load_adapter_weights(model: PeftModel, folder: Path) -> None:
     except Exception as error:  # safetensors and pickle raise types of their own
         raise ValueError(f"The weights in {folder} are damaged: {error}") from error
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    if found.keys() - expected.keys():
+        expected |= {name: tensor for name, tensor in _embeddings(model).items() if name in found}
     check_tensors(folder, expected, found)
     set_peft_model_state_dict(model, processes.cut_like(found, expected))
+
+
+def _embeddings(model: PeftModel) -> dict[str, torch.Tensor]:
+    """The base model's own tables, by name: PEFT saves them beside an adapter that adapts them."""
+    base: Any = model.get_base_model()
+    layers = [getattr(base, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")]
+    weights = {id(weight) for layer in layers if layer is not None for weight in layer.parameters()}
+    return {name: weight for name, weight in model.state_dict(keep_vars=True).items() if id(weight) in weights}
 
 
 def with_weights(model: Trained, folder: Path) -> Trained:
@@ -321,8 +331,10 @@ def save_trained(model: Trained, folder: Path, processor: Any) -> None:
 
 def write_trained(model: Trained, folder: Path, processor: Any) -> None:
     """The same, among what the folder holds already."""
+    # What a base model's table of tokens holds, an adapter beside it has not changed.
+    options: dict[str, Any] = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
     with quiet():
-        model.save_pretrained(str(folder))
+        model.save_pretrained(str(folder), **options)
     if isinstance(model, PeftModel):
         _write_card(model.peft_config[model.active_adapter], folder)
         if isinstance(template := getattr(processor, "chat_template", None), str):  # who serves it must write alike

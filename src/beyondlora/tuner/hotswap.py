@@ -48,7 +48,7 @@ def hotswap_adapter(
     target = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     _check_shapes(target, weights)
     _refuse_merged(model, adapter_name)
-    set_peft_model_state_dict(model, weights, adapter_name=adapter_name)  # StelLA's factors take a rounded file, too
+    set_peft_model_state_dict(model, weights, adapter_name=adapter_name)  # orthonormal factors take a rounded file, too
     for layer_name, layer in model.get_base_model().named_modules():
         if isinstance(layer, AdapterLayer) and adapter_name in layer.adapters:
             adapter = layer.adapters[adapter_name]
