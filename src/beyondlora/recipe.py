@@ -417,7 +417,9 @@ _SCALARS: dict[Any, typing.Callable[[str, Any], Any]] = {str: _to_str, bool: _to
 
 
 def _wrong_type(key: str, value: Any, expected: str) -> ValueError:
-    return ValueError(f"{key}={value!r} is {'nothing' if value is None else type(value).__name__}; expected {expected}")
+    hint = " (YAML's word for None is null)" if value == "None" else ""
+    given = "nothing" if value is None else type(value).__name__
+    return ValueError(f"{key}={value!r} is {given}; expected {expected}{hint}")
 
 
 # ---------------------------------------------------------------------------------------------------------------- YAML

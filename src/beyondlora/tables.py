@@ -76,7 +76,8 @@ def show_figures(title: str, metrics: dict[str, Any]) -> None:
         table.add_row(name, value, stderr, f"{score['n']:,}")
     console = Console()
     console.print(title, markup=False, highlight=False)
-    console.print(table)
+    if metrics:
+        console.print(table)
 
 
 def show_gap(record: dict[str, Any], *, every_layer: bool) -> None:

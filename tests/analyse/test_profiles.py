@@ -97,6 +97,16 @@ def test_methods_without_a_bottleneck_are_followed_by_their_whole_outputs(config
     assert len(layer.singular_values) == 32
 
 
+def test_a_layer_that_is_told_more_than_its_base_layer_takes_is_followed():
+    """PEFT's activated LoRA: its layers are told where the tokens begin that call for it."""
+    options = {"alora_invocation_tokens": [5], "target_modules": ["q_proj"], "init_lora_weights": False}
+    model = get_peft_model(small_models.llama(), LoraConfig(r=4, task_type="CAUSAL_LM", **options)).eval()
+    seen = [
+        {**batch, "input_ids": batch["input_ids"].clone().index_fill(1, torch.tensor([2]), 5)} for batch in batches()
+    ]
+    assert all(layer.singular_values[0] > 0 for layer in profile(model, seen))
+
+
 @every_method
 def test_a_weight_updates_spectrum_is_numpys_and_absent_where_there_is_none(method):
     model = trained(method.config(target_modules="all-linear"))

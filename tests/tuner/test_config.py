@@ -141,3 +141,10 @@ def test_scaling_follows_alpha_rank_and_rslora():
     assert CeraConfig(r=4).scaling_for(4, None) == 1.0
     assert CeraConfig(r=4, lora_alpha=8).scaling_for(4, 8) == 2.0
     assert StellaConfig(r=4, use_rslora=True).scaling_for(4, 8) == 4.0
+
+
+def test_yamls_word_for_none_is_told():
+    with pytest.raises(
+        ValueError, match=r"lora_alpha='None' is of no use there; give a number or None \(null, in YAML\)"
+    ):
+        StellaConfig(lora_alpha="None")

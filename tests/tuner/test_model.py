@@ -535,6 +535,30 @@ def test_a_config_that_counts_experts_layer_by_layer_is_taken():
     assert layers(get_peft_model(base, StellaConfig(r=2, target_modules="all-linear")))
 
 
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"layers_to_transform": [9]}, r"layers_to_transform=\[9\] leaves none"),
+        ({"layers_to_transform": range(9, 11)}, r"layers_to_transform=\[9, 10\] leaves none"),
+        ({"exclude_modules": ["q_proj"]}, r"exclude_modules=\{'q_proj'\} leaves none"),
+    ],
+)
+def test_an_option_that_leaves_no_layer_is_named(options, reason):
+    with pytest.raises(ValueError, match=rf"target_modules \['q_proj'\] name 2 modules .*, and {reason}"):
+        get_peft_model(small_models.llama(), StellaConfig(r=2, target_modules=["q_proj"], **options))
+
+
+@every_method
+def test_half_precision_is_the_same_with_gradients_and_without(method):
+    """Policy and reference, or old and new probabilities, are computed one way each; their ratio is to be one."""
+    model = adapted(method)
+    small_models.train_a_little(model)
+    model.eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        with_gradients = model(IDS).logits
+        assert torch.equal(logits(model), with_gradients)
+
+
 @every_method
 def test_a_module_to_save_that_does_not_exist_is_refused(method):
     with pytest.raises(ValueError, match=r"modules_to_save holds 'lm_haed'.* did you mean 'lm_head'\?"):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .brief import call, is_brief, weight_of
-from .fused import Beside, Middle, add_up, drawn, dropped_linear, has_hooks, is_idle, operands
+from .fused import Beside, Middle, add_up, autocast_dtype, drawn, dropped_linear, has_hooks, is_idle, operands
 from .reading import Reading
 
 
@@ -124,7 +124,8 @@ class Adapter(nn.Module):
         """
         if self.reading is not None:
             return y_TM + self(x_TN)
-        if is_brief(y_TM) and not (overwrite or self.drops):
+        # In half precision branch and sum are rounded once, as where gradients are wanted: ratios of the two must be 1.
+        if is_brief(y_TM) and autocast_dtype(y_TM) is None and not (overwrite or self.drops):
             return self.add_briefly(y_TM, x_TN)
         return add_up(y_TM, self.hidden_fused(x_TN), self.up, self.scaling, overwrite=overwrite)
 

@@ -14,6 +14,7 @@ from ..precise import precise
 from .branches import Branch, Whole
 from .spectra import CentredQR
 
+FOR_ADAPTERS = {"adapter_names", "alora_offsets"}  # what PEFT's layers are told and do not pass on
 FLAT = 0.01  # an activation whose slope is below this lets next to no change through: it is saturated
 
 
@@ -106,7 +107,8 @@ class WholeRecorder:
                 f"{self.whole.name}: this method's outputs are known only as a difference of two, and in "
                 f"{output.dtype} it is mostly rounding. Load the base in float32 (`dtype: float32` in a recipe)."
             )
-        difference = precise(output) - precise(module.base_layer(*args, **kwargs))
+        meant_for_base = {name: value for name, value in kwargs.items() if name not in FOR_ADAPTERS}
+        difference = precise(output) - precise(module.base_layer(*args, **meant_for_base))
         self.qr.add(self.tokens.rows(difference)[: self.tokens.wanted - self.seen])
 
 

@@ -45,7 +45,13 @@ def _write(rows: datasets.Dataset, path: Path, recipe: Recipe) -> Path:
     path = path.with_suffix(".parquet")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    rows.to_parquet(str(partial))
+    bars = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        rows.to_parquet(str(partial))
+    finally:
+        if bars:
+            datasets.enable_progress_bars()
     partial.replace(path)
     return path
 

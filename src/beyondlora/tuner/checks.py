@@ -8,10 +8,12 @@ from typing import Any
 
 from torch import nn
 
+from ..targets import fits
 from .base_layers import bare, is_supported, layer_problem
 
 HEADS = {"classifier", "score", "qa_outputs"}  # what PEFT itself adds to modules_to_save, there or not
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # what configs call their number
+NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
 OF_EXPERTS = {"gate_up_proj", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 
 
@@ -83,9 +85,18 @@ def warn_of_experts(config: Any, model: nn.Module) -> None:
         )
 
 
-def refuse_unmatched(targets: list[str], model: nn.Module) -> None:
-    """Name the layers that may have been meant by target modules that fit none. Raises: ValueError."""
-    leaves = {name.rpartition(".")[2] for name, module in model.named_modules() if name and is_supported(bare(module))}
+def refuse_unmatched(config: Any, model: nn.Module) -> None:
+    """Say why target modules fit no layer, and name the layers that may have been meant. Raises: ValueError."""
+    targets, names = sorted(config.target_modules), [name for name, _ in model.named_modules() if name]
+    meant = [name for name in names if fits(name, targets)]
+    if meant:
+        options = {name: value for name in NARROWING if (value := getattr(config, name)) is not None}
+        told = ", ".join(f"{name}={value!r}" for name, value in options.items())
+        raise ValueError(
+            f"No layer is left to adapt: target_modules {targets} name {len(meant)} modules ({meant[0]}, …), "
+            f"and {told} leaves none of them."
+        )
+    leaves = {name.rpartition(".")[2] for name in names if is_supported(bare(model.get_submodule(name)))}
     near = {match for target in targets for match in difflib.get_close_matches(target.rpartition(".")[2], leaves)}
     hint = f"Did you mean {sorted(near)}?" if near else f"Layers that can be adapted: {sorted(leaves)}."
     raise ValueError(f"Target modules {targets} not found in the base model {type(model).__name__}. {hint}")

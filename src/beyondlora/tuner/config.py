@@ -94,6 +94,8 @@ class AdapterConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
+        if isinstance(self.layers_to_transform, range):  # which JSON does not know
+            self.layers_to_transform = list(self.layers_to_transform)
         self._check()
 
     def make_adapter(self, layer: LayerSpec) -> Adapter:
@@ -115,7 +117,8 @@ class AdapterConfig(PeftConfig):
         for name, annotation in _annotations(type(self)).items():  # type: ignore[arg-type]
             value = getattr(self, name)
             if name != "r" and not _fits(value, annotation):
-                self._refuse(f"{name}={value!r} is of no use there; give {_in_words(annotation)}.")
+                yaml = " (null, in YAML)" if value == "None" else ""
+                self._refuse(f"{name}={value!r} is of no use there; give {_in_words(annotation)}{yaml}.")
         for name, rank in {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}.items():
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
                 self._refuse(f"{name}={rank!r} is not a rank; give a whole number of at least 1.")

@@ -38,7 +38,7 @@ class AdapterModel(BaseTuner):
         _include_all_linear(peft_config, model)
         targets = self._targets(peft_config, model)
         if not targets and isinstance(peft_config.target_modules, (set, list)):
-            refuse_unmatched(sorted(peft_config.target_modules), model)
+            refuse_unmatched(peft_config, model)
         problems = [
             problem
             for name, module in targets.items()
