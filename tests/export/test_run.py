@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from beyondlora.cli import app
 from beyondlora.evaluate import evaluate, load_base
 from beyondlora.export import export
+from beyondlora.progress import Progress
 from beyondlora.recipe import Recipe
 from beyondlora.train import train
 
@@ -64,6 +65,20 @@ def test_without_a_report_a_few_of_the_runs_own_rows_are_compared(exported, tmp_
     record = export(exported / "stella", tmp_path / "lora")
     assert record["compared_on"].startswith("the first 2 batches of")
     assert "scores" not in record
+
+
+def test_where_the_runs_rows_are_not_found_prompts_are_compared(exported, tmp_path):
+    """Its paths count from where it was trained."""
+    run = shutil.copytree(exported / "stella", tmp_path / "run")
+    recipe = Recipe.load(run / "recipe.yaml").replace(dataset_name="elsewhere/text.txt")
+    recipe.save(run / "recipe.yaml")
+    told = []
+    progress = type("Told", (Progress,), {"say": lambda _, message: told.append(message)})()
+    assert export(run, tmp_path / "lora", progress=progress)["compared_on"] == "built-in prompts"
+    assert "rows are not found from here" in told[0]
+    assert "Name them with --data" in told[0]
+    with pytest.raises(FileNotFoundError, match="elsewhere"):
+        export(run, tmp_path / "report", report=True)
 
 
 def test_a_static_form_is_reported_as_evaluate_merged_measures_it(exported, tmp_path):

@@ -74,7 +74,7 @@ def export(
             "Export --to lora, or merge into the whole model: with --recipe, a copy of the run's recipe without "
             f"load_in_{opened.recipe.bits}bit."
         )
-    evaluation = opened.rows() if opened.measurable else None
+    evaluation = _rows(opened, progress, needed=report or data is not None) if opened.measurable else None
     distil_on = None
     if distil is not None:
         distil_on = _Shown(_batches(_rows_to_distil(opened, distil), opened.recipe), progress, "distilling")
@@ -93,6 +93,17 @@ def export(
             **shared,
         )
     return export_lora(model, folder, distil_on=distil_on, rank=rank, round_rank=round_rank, **shared)
+
+
+def _rows(opened: Opened, progress: Progress, *, needed: bool) -> data_module.Evaluation | None:
+    """The rows to compare on; None where a text model's are not where its run found them, and prompts will do."""
+    try:
+        return opened.rows()
+    except FileNotFoundError as error:
+        if needed or opened.recipe.task != "causal-lm":
+            raise
+        progress.say(f"The run's own rows are not found from here ({error}). Name them with --data to compare on them.")
+        return None
 
 
 def _rows_to_distil(opened: Opened, name: str) -> data_module.Evaluation | data_module.Splits:
