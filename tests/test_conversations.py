@@ -1,19 +1,21 @@
 """Conversations: what of them is scored, beside transformers' own mask; templates of other ways; what is refused."""
 
 import json
+from pathlib import Path
 
 import pytest
 import small_runs
 
-from beyondlora import data
+from beyondlora import data, models
 from beyondlora.compare.held_out import check_apart, cut_off
+from beyondlora.data.conversations import Writer
 from beyondlora.data.tokens import NOT_SCORED
 from beyondlora.evaluate import evaluate, load_processor
 from beyondlora.recipe import Recipe
 from beyondlora.train import train
 
 CHATML = """{% for m in messages %}<|im_start|>{{ m.role }}
-{% if m.role == "assistant" %}{% generation %}{{ m.content }}<|im_end|>
+{% if m.role == "assistant" %}{% generation %}{{ m.content }}<eos>
 {% endgeneration %}{% else %}{{ m.content }}<|im_end|>
 {% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
@@ -88,11 +90,30 @@ def test_what_the_assistant_says_is_scored_and_nothing_else(made, talks):
     assert "last answer" not in splits.description
 
 
+@pytest.mark.parametrize("name", ["cohere2", "gemma3", "lfm2", "llama3", "phi3", "qwen3_instruct_2507"])
+def test_published_templates_score_what_trls_forms_of_them_do(name):
+    """TRL ships the templates of many models, and forms of them for training that mark what the assistant says."""
+    folder = Path(pytest.importorskip("trl").__file__).parent / "chat_templates"
+    if not (folder / f"{name}_training.jinja").exists():
+        pytest.skip("this trl has no such templates")
+    tokenizer = models.load_processor("demo", task="causal-lm")
+    tokenizer.chat_template = (folder / f"{name}_training.jinja").read_text(encoding="utf-8")
+    marked = tokenizer.apply_chat_template(TALKS[0], tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    theirs = [token for token, mark in zip(marked["input_ids"], marked["assistant_masks"], strict=True) if mark]
+    tokenizer.chat_template = (folder / f"{name}.jinja").read_text(encoding="utf-8")
+    found, last_alone = Writer(tokenizer).stretches(TALKS[0], "row 1")
+    assert not last_alone
+    ours = "".join(text for text, scored in found if scored)
+    # This tokenizer has not their tokens for an end, so its own follows; Phi-3's template writes that itself.
+    assert ours.removesuffix("<eos>") == tokenizer.decode(theirs).removesuffix("<eos>")
+    assert ours.endswith("<eos>")
+
+
 def test_what_nobody_asked_for_and_nobody_answered_is_not_scored(made):
     greeting = [{"role": "assistant", "content": "Welcome."}, *TALKS[1], {"role": "user", "content": "Bye"}]
     recipe = made([greeting])
     scored, whole = said(load_processor(recipe), prepared(recipe).train[0])
-    assert scored.strip() == "Hi, Tim.<|im_end|>"
+    assert scored.strip() == "Hi, Tim.<eos>"
     assert "Welcome" in whole
     assert "Bye" not in whole
 
@@ -107,9 +128,9 @@ def test_of_a_template_that_leaves_thoughts_out_the_last_answer_is_scored(made):
     recipe = made([talk, talk[:2]], THINKING)
     splits, tokenizer = prepared(recipe), load_processor(recipe)
     scored, whole = said(tokenizer, splits.train[0])
-    assert scored.strip() == "hard</think>Three."  # the template itself opens the thought
+    assert scored.strip() == "hard</think>Three.\n<eos>"  # the template itself opens the thought
     assert "easy" not in whole
-    assert said(tokenizer, splits.train[1])[0].strip() == "easy</think>Two."
+    assert said(tokenizer, splits.train[1])[0].strip() == "easy</think>Two.\n<eos>"
     assert "1 rows with the last answer alone scored" in splits.description
 
 
@@ -128,9 +149,9 @@ def test_tools_keep_what_the_template_may_want(made):
     talk = [TALKS[1][0], call, {"role": "tool", "content": "sun"}, {"role": "assistant", "content": "It is sunny."}]
     recipe = made([talk], template)
     scored, whole = said(load_processor(recipe), prepared(recipe).train[0])
-    assert whole.strip() == "[user]Hello[assistant]weather[tool]sun[assistant]It is sunny."
+    assert whole.strip() == "[user]Hello[assistant]weather[tool]sun[assistant]It is sunny.<eos>"
     assert (
-        scored.strip() == "[assistant]weather[assistant]It is sunny."
+        scored.strip() == "[assistant]weather[assistant]It is sunny.<eos>"
     )  # no generation prompt: it opens the turn itself
 
 

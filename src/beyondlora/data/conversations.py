@@ -52,46 +52,68 @@ def _by_role(message: Message) -> Message:
     return {"role": ROLES_OF_SHAREGPT[message["from"]], "content": message["value"]}
 
 
-def stretches(tokenizer: Any, messages: Sequence[Message], where: str) -> tuple[list[Stretch], bool]:
-    """A conversation as its template writes it, up to the last answer; and whether only that answer is counted.
+class Writer:
+    """A tokenizer's chat template at work.
 
-    Templates that write an answer in another way once more is said (those of thinking models leave thoughts out) do
-    not show the model the earlier answers as it would give them: of such rows the last answer counts alone.
-
-    Raises: ValueError, with the row.
+    >>> talk = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
+    >>> Writer(tokenizer).stretches(talk, "row 1")
+    ([("<|user|>Hello<|assistant|>", False), ("Hi<|end|>", True)], False)
     """
-    answers = [at for at, message in enumerate(messages) if message["role"] == "assistant" and at > 0]
-    try:
-        found = _counted(tokenizer, messages, answers)
-        if found is not None:
-            return found, False
-        found = _counted(tokenizer, messages, answers[-1:])
-    except (TemplateError, TypeError, KeyError) as error:
-        raise ValueError(f"{where}: the chat template does not take this conversation: {error}") from None
-    if found is None:
-        raise ValueError(
-            f"{where}: the chat template writes the question in another way once it is answered, so nothing tells what "
-            "the answer is; name another template with chat_template_path"
-        )
-    return found, True
 
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.end: str = tokenizer.eos_token or ""
+        added = (str(token) for token in tokenizer.added_tokens_decoder.values())
+        self.marks = (*tokenizer.all_special_tokens, *added)  # the tokens that no text is made of
 
-def _counted(tokenizer: Any, messages: Sequence[Message], answers: Sequence[int]) -> list[Stretch] | None:
-    """The stretches around these answers; None where the template rewrites what it has written."""
+    def stretches(self, messages: Sequence[Message], where: str) -> tuple[list[Stretch], bool]:
+        """A conversation as its template writes it, up to the last answer; and whether only that answer is counted.
 
-    def written(count: int, **options: bool) -> str:
-        text: str = tokenizer.apply_chat_template(list(messages[:count]), tokenize=False, **options)
+        Templates that write an answer in another way once more is said (those of thinking models leave thoughts out)
+        do not show the model the earlier answers as it would give them: of such rows the last answer counts alone.
+        Where the template does not end an answer with a token of its own, the tokenizer's end token follows the last.
+
+        Raises: ValueError, with the row.
+        """
+        answers = [at for at, message in enumerate(messages) if message["role"] == "assistant" and at > 0]
+        try:
+            found = self._counted(messages, answers)
+            last_alone = found is None
+            if found is None:
+                found = self._counted(messages, answers[-1:])
+        except (TemplateError, TypeError, KeyError) as error:
+            raise ValueError(f"{where}: the chat template does not take this conversation: {error}") from None
+        if found is None:
+            raise ValueError(
+                f"{where}: the chat template writes the question in another way once it is answered, so nothing tells "
+                "what the answer is; name another template with chat_template_path"
+            )
+        if found and not found[-1][0].rstrip().endswith(self.marks):
+            found[-1] = (found[-1][0] + self.end, True)
+        return found, last_alone
+
+    def _counted(self, messages: Sequence[Message], answers: Sequence[int]) -> list[Stretch] | None:
+        """The stretches around these answers; None where the template rewrites what it has written."""
+        found, done = list[Stretch](), ""
+        for at in answers:
+            opened, whole = self._written(messages[:at], add_generation_prompt=True), self._written(messages[: at + 1])
+            kept, asked = self._without_end(done, opened), self._without_end(self._written(messages[:at]), whole)
+            begins = _common(opened, whole)
+            if begins < len(asked) or not opened.startswith(kept):
+                return None
+            if len(kept) < len(done):
+                found[-1] = (found[-1][0][: len(kept) - len(done)], True)
+            found += [(whole[len(kept) : begins], False), (whole[begins:], True)]
+            done = whole
+        return found
+
+    def _written(self, messages: Sequence[Message], **options: bool) -> str:
+        text: str = self.tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
         return text
 
-    found, done = list[Stretch](), ""
-    for at in answers:
-        asked, whole = written(at), written(at + 1)
-        begins = _common(written(at, add_generation_prompt=True), whole)
-        if begins < len(asked) or not asked.startswith(done):
-            return None
-        found += [(whole[len(done) : begins], False), (whole[begins:], True)]
-        done = whole
-    return found
+    def _without_end(self, text: str, before: str) -> str:
+        """Without the end token that some templates put behind the last message, whichever it is."""
+        return text if before.startswith(text) else text.removesuffix(self.end)
 
 
 def _common(first: str, second: str) -> int:

@@ -18,7 +18,7 @@ import pyarrow as pa
 import torch
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
 
-from .conversations import Stretch, messages_of, stretches
+from .conversations import Stretch, Writer, messages_of
 from .fields import DataRecipe, is_packed, text_fields
 from .labels import with_labels
 from .questions import Question, digest_of, questions_of, told
@@ -216,12 +216,12 @@ def _prepare_conversations(rows: datasets.Dataset, tokenizer: Any, name: str, le
             f"messages_field={name!r}: the tokenizer has no chat template, which would write conversations as text; "
             "name a file that holds one with chat_template_path, or take the instruction-tuned model"
         )
-    last_alone = 0
+    writer, last_alone = Writer(tokenizer), 0
 
     def written() -> Iterator[list[Stretch]]:
         nonlocal last_alone
         for number, row in enumerate(arrow_column(rows, name), start=1):
-            found, last = stretches(tokenizer, messages_of(row.as_py()), f"{where}, row {number}")
+            found, last = writer.stretches(messages_of(row.as_py()), f"{where}, row {number}")
             last_alone += last
             yield found
 
