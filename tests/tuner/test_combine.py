@@ -1,5 +1,7 @@
 """Weighted sums and hotswaps: what comes out must be what NumPy's sum, or a freshly loaded model, says."""
 
+import copy
+
 import pytest
 import small_models
 import torch
@@ -98,6 +100,31 @@ def test_sums_that_make_no_sense_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         model.add_weighted_adapter(*arguments)
     assert list(model.peft_config) == ["default"]
+
+
+class Namesakes(nn.Module):
+    """A layer, and another whose name ends in its."""
+
+    def __init__(self):
+        super().__init__()
+        self.q = nn.Linear(8, 8)
+        self.sub = nn.ModuleDict({"q": nn.Linear(8, 8)})
+
+    def forward(self, x):
+        return self.sub["q"](self.q(x))
+
+
+def test_a_layer_whose_name_ends_in_an_adapted_ones_gets_no_sum(tmp_path):
+    torch.manual_seed(0)
+    base = Namesakes()
+    model = get_peft_model(copy.deepcopy(base), StellaConfig(r=2, target_modules="q"))
+    x = torch.randn(3, 8)
+    expected = model(x)
+    model.add_weighted_adapter(["default"], [1.0], "sum")
+    model.set_adapter("sum")
+    torch.testing.assert_close(model(x), expected)
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    torch.testing.assert_close(PeftModel.from_pretrained(base, tmp_path / "sum")(x), expected)
 
 
 def test_adapters_that_train_a_head_have_no_weighted_sum():

@@ -5,29 +5,38 @@ the sum of the ranks holds exactly. A nonlinear core has no such form: the sum o
 """
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
+from ..targets import fits
 from .layer import AdapterLayer
 
 
-def combined_config(layers: dict[str, AdapterLayer], adapters: Sequence[str]) -> dict[str, Any]:
-    """The fields of the sum's config that differ from its parts': the ranks, layer by layer, and no scaling."""
+def combined_config(layers: dict[str, AdapterLayer], adapters: Sequence[str], names: Iterable[str]) -> dict[str, Any]:
+    """The fields of the sum's config that differ from its parts': the ranks, layer by layer, and no scaling.
+
+    Args:
+        layers: the adapted layers of the model.
+        adapters: the parts.
+        names: of all modules of the model.
+    """
     ranks = {
         name: min(sum(layer.adapters[a].rank for a in present), layer.in_features, layer.out_features)
         for name, layer in layers.items()
         if (present := [a for a in adapters if a in layer.adapters])
     }
-    largest = max(ranks.values())
+    largest, others = max(ranks.values()), [name for name in names if name not in ranks]
+    ambiguous = any(fits(other, ranks) for other in others)  # a list of names means those that end in one, too
     return {
         "r": largest,
         "rank_pattern": {name: rank for name, rank in ranks.items() if rank != largest},
         "lora_alpha": None,
         "alpha_pattern": {},
         "use_rslora": False,
-        "target_modules": set(ranks),
+        "target_modules": "|".join(map(re.escape, sorted(ranks))) if ambiguous else set(ranks),
         "exclude_modules": None,
         "layers_to_transform": None,
         "layers_pattern": None,

@@ -125,7 +125,8 @@ class AdapterModel(BaseTuner):
         layers = {name: module for name, module in self.model.named_modules() if isinstance(module, AdapterLayer)}
         check_combination(layers, self.peft_config, adapters, weights, adapter_name)
         first = self.peft_config[adapters[0]]
-        self.peft_config[adapter_name] = dataclasses.replace(first, **combined_config(layers, adapters))
+        names = [name for name, _ in self.model.named_modules() if name]
+        self.peft_config[adapter_name] = dataclasses.replace(first, **combined_config(layers, adapters, names))
         self.inject_adapter(self.model, adapter_name)
         for layer in layers.values():
             if adapter_name in layer.adapters:
