@@ -394,6 +394,11 @@ algorithm 1 (NumPy, SVD) brings plain weights with the same optimizer and the sa
 the way ({coarse:.0e} where moments have few bits). *–*: refused by us, before a weight has moved. *·*: impossible with
 plain weights too, on a CPU. Blank: there is no such option.
 
+An average of weights (`torch.optim.swa_utils.AveragedModel`, EMA, a soup of checkpoints) lies off the manifold,
+whatever trained them. Saving brings its factors back and says so (far off it refuses); that is another model than the
+average, so save it, load it, and evaluate what was loaded. With `stella_geometry="euclidean"` there is no manifold to
+leave.
+
 {versions}.
 """
 Signs = tuple[str, ...]
@@ -423,7 +428,10 @@ def main() -> None:
     text += ["| package | optimizers | " + " | ".join(WRAPPERS) + " |", "|---" * (len(WRAPPERS) + 2) + "|"]
     text += [f"| {home} | {', '.join(kinds)} | {' | '.join(found)} |" for (home, found), kinds in lines.items()]
     text += ["", "What is put around them:", ""]
-    text += [f"- **{name}**: {getattr(wrapper, 'func', wrapper).__doc__}" for name, wrapper in WRAPPERS.items()]
+    told: dict[str, list[str]] = {}
+    for name, wrapper in WRAPPERS.items():
+        told.setdefault(getattr(wrapper, "func", wrapper).__doc__ or "", []).append(name)
+    text += [f"- **{'; '.join(columns)}**: {what}" for what, columns in told.items()]
     text += ["", "Why not:", ""]
     text += [f"- {sign} {home}: {listed(kinds)}: {why}" for (sign, home, why), kinds in whys.items()]
     print("\n".join(text))  # noqa: T201
