@@ -64,7 +64,7 @@ class Writer:
         self.tokenizer = tokenizer
         self.end: str = tokenizer.eos_token or ""
         added = (str(token) for token in tokenizer.added_tokens_decoder.values())
-        self.marks = (*tokenizer.all_special_tokens, *added)  # the tokens that no text is made of
+        self.marks = tuple(filter(None, (*tokenizer.all_special_tokens, *added)))  # the tokens that no text is made of
 
     def stretches(self, messages: Sequence[Message], where: str) -> tuple[list[Stretch], bool]:
         """A conversation as its template writes it, up to the last answer; and whether only that answer is counted.
