@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import small_models
+import yaml
 from shared_data import SHARED, needs_shared
 
 from beyondlora.export.folder import serving_command
+from beyondlora.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -44,6 +46,14 @@ def commands() -> list[tuple[str, str]]:
 def test_python_blocks_run(place, code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(code, place, "exec"), {"base": small_models.llama(), "__name__": "__main__"})
+
+
+RECIPES = [text for place, text in blocks("yaml") if place.startswith("docs/recipes.md")]
+
+
+@pytest.mark.parametrize("text", RECIPES, ids=[text.split("\n")[0] for text in RECIPES])
+def test_the_keys_and_values_of_documented_recipes_are_a_recipes(text):
+    Recipe.from_mapping({**yaml.safe_load(RECIPES[0]), **yaml.safe_load(text)})
 
 
 @pytest.mark.parametrize("command", [c for _, c in commands() if c.startswith("make ")])
