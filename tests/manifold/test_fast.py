@@ -1,5 +1,9 @@
 """The fast float32 step lands where the definition of algorithm 1 lands, for steps of every size."""
 
+import threading
+from collections.abc import Iterator
+from operator import attrgetter
+
 import numpy as np
 import pytest
 import torch
@@ -219,15 +223,91 @@ def test_a_stack_is_stepped_in_few_launches() -> None:
     assert launches.count <= 300
 
 
-@pytest.mark.parametrize("precision", ["high", "medium"])
-def test_lowered_matmul_precision_is_kept_out_and_put_back(precision: str) -> None:
-    torch.set_float32_matmul_precision(precision)
-    try:
-        with fast.full_precision(["cpu"]):
-            assert torch.get_float32_matmul_precision() == "highest"
-        assert torch.get_float32_matmul_precision() == precision
-    finally:
+@pytest.fixture
+def untouched_settings() -> Iterator[None]:
+    """As torch begins, and afterwards again."""
+
+    def begin() -> None:
         torch.set_float32_matmul_precision("highest")
+        torch.backends.fp32_precision = torch.backends.mkldnn.fp32_precision = "none"
+        torch.backends.cuda.matmul.fp32_precision = torch.backends.mkldnn.matmul.fp32_precision = "none"
+
+    begin()
+    yield
+    begin()
+
+
+LOWERED = [  # by torch's older functions and by its newer ones, which must not be asked about one another
+    'set_float32_matmul_precision("high")',
+    'set_float32_matmul_precision("medium")',
+    "backends.cuda.matmul.allow_tf32 = True",
+    'backends.fp32_precision = "tf32"',  # as transformers for tf32=True
+    'backends.cuda.matmul.fp32_precision = "tf32"',
+    'backends.mkldnn.fp32_precision = "bf16"',
+    'backends.mkldnn.matmul.fp32_precision = "tf32"',
+]
+
+
+def precisions() -> dict[str, object]:
+    """What every one of torch's settings says, old and new; some raise beside others."""
+    found: dict[str, object] = {}
+    for setting in ("backends", "backends.cuda.matmul", "backends.mkldnn", "backends.mkldnn.matmul"):
+        found[setting] = attrgetter(f"{setting}.fp32_precision")(torch)
+    for name in ("get_float32_matmul_precision", "_C._get_cublas_allow_tf32"):
+        try:
+            found[name] = attrgetter(name)(torch)()
+        except RuntimeError:
+            found[name] = "refused"
+    return found
+
+
+@pytest.mark.usefixtures("untouched_settings")
+@pytest.mark.parametrize("lowered", LOWERED)
+def test_lowered_matmul_precision_is_kept_out_and_put_back(lowered: str) -> None:
+    exec(f"torch.{lowered}", {"torch": torch})
+    before = precisions()
+    layer = StiefelLinear(4, 64)
+    layer.weight.grad = torch.randn_like(layer.weight)
+    with fast.full_precision(["cpu"]):
+        with fast.full_precision(["cpu"]):
+            pass
+        for setting in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
+            assert setting.fp32_precision in ("ieee", "none")
+        torch.optim.SGD(layer.parameters(), 0.1).step()
+        assert torch.backends.cuda.matmul.fp32_precision in ("ieee", "none")
+    assert precisions() == before
+    assert distance_to_stiefel(layer.orthonormal) <= 1e-6
+
+
+@pytest.mark.usefixtures("untouched_settings")
+def test_a_precision_that_follows_another_setting_still_follows_it_afterwards() -> None:
+    torch.backends.fp32_precision = "tf32"
+    with fast.full_precision(["cpu"]):
+        assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+    assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    torch.backends.fp32_precision = "ieee"
+    assert torch.backends.cuda.matmul.fp32_precision == torch.backends.mkldnn.matmul.fp32_precision == "ieee"
+
+
+@pytest.mark.usefixtures("untouched_settings")
+def test_precision_stays_full_until_the_last_thread_is_through() -> None:
+    torch.set_float32_matmul_precision("high")
+    entered, leave = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with fast.full_precision(["cpu"]):
+            entered.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=other)
+    with fast.full_precision(["cpu"]):
+        thread.start()
+        entered.wait(10)
+    assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+    leave.set()
+    thread.join()
+    assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    assert torch.get_float32_matmul_precision() == "high"
 
 
 @pytest.mark.parametrize("types", [["cuda", "cpu"], ["cpu", "cuda"]], ids="-".join)

@@ -18,8 +18,10 @@ Legend: M rows, R columns (rank), B matrices of one shape. Y point, Z the step b
 
 import functools
 import math
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,23 +34,51 @@ REACH = 0.9  # from where the rounds converge
 BLOCK, SMALL_BLOCK = 512, 64  # rows of a product whose sum is to be exact; of one of fewer than two large blocks
 SIDE_BY_SIDE = 16  # columns below which BLAS runs products at a fraction of its speed
 UNEVEN = 2.0  # mean(λ) · mean(1/λ) of a Gram matrix from which its float32 rounding is felt; 1 for I
+EXACT = ("none", "ieee")  # of torch's settings of float32 products, those that leave them alone
 LAST_ROUND, CLOSE = (15 / 8, -5 / 4, 3 / 8), 7e-4  # Taylor's polynomial, which leaves 5/2 · CLOSE³
+
+
+class _Products:
+    """Float32 products that multiply in float32, in all threads for as long as one asks for it: torch has no other."""
+
+    def __init__(self) -> None:
+        self._lock, self._users = threading.Lock(), 0
+        self._asked: list[tuple[Any, str]] = []  # torch's settings that were lowered, and to what
+
+    @contextmanager
+    def exact(self) -> Iterator[None]:
+        """Keep TF32 and bfloat16 out; what was asked for is asked for again after the last user."""
+        with self._lock:
+            if not self._users:
+                settings = [
+                    (on, on.fp32_precision) for on in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+                ]
+                self._asked = [(on, asked) for on, asked in settings if asked not in EXACT]
+                for on, _ in self._asked:
+                    on.fp32_precision = "ieee"
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                if not self._users:
+                    for on, asked in self._asked:
+                        on.fp32_precision = "none"  # what the setting above it says
+                        if on.fp32_precision != asked:
+                            on.fp32_precision = asked
+
+
+_products = _Products()
 
 
 @contextmanager
 def full_precision(device_types: Iterable[str]) -> Iterator[None]:
     """Keep TF32, bfloat16 products and these devices' autocast away: they break orthonormality to 2e-3."""
-    asked = torch.get_float32_matmul_precision()
-    if asked != "highest":
-        torch.set_float32_matmul_precision("highest")
-    try:
-        with ExitStack() as off:
-            for device_type in filter(torch.is_autocast_enabled, device_types):
-                off.enter_context(torch.autocast(device_type, enabled=False))
-            yield
-    finally:
-        if asked != "highest":
-            torch.set_float32_matmul_precision(asked)
+    with _products.exact(), ExitStack() as off:
+        for device_type in filter(torch.is_autocast_enabled, device_types):
+            off.enter_context(torch.autocast(device_type, enabled=False))
+        yield
 
 
 def convert_gradient_(Y_MR: Tensor, G_MR: Tensor) -> Tensor:
