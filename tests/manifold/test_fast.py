@@ -140,6 +140,25 @@ def test_gradients_are_converted_as_edelman_and_others_define(M: int, R: int) ->
     assert not torch.isfinite(fast.convert_gradient_(Y[0], one))
 
 
+@pytest.mark.parametrize("transposed", ["gradient", "point", "both"])
+@pytest.mark.parametrize("R", [1, 2, 8, 16])
+def test_matrices_may_lie_transposed(R: int, transposed: str) -> None:
+    """As the gradients that torch.autograd.grad returns may; thin matrices are seen with several rows side by side."""
+    (Y,), (G,) = points(512, R, 1.0)
+    Y, G = Y.contiguous(), G.contiguous()
+    if transposed != "point":
+        G = G.mT.contiguous().mT
+    if transposed != "gradient":
+        Y = Y.mT.contiguous().mT
+    expected = G.double() - Y.double() @ G.double().mT @ Y.double()
+    fast.convert_gradient_(Y, G)
+    torch.testing.assert_close(G.double(), expected, rtol=0, atol=2e-5)
+    after = Y + 0.01 * G
+    polar = literal(Y, after, 0.53)
+    assert fast.retract_([Y], [after], 0.53, torch.empty_like(after))
+    torch.testing.assert_close(after.double(), polar, rtol=0, atol=2e-6)
+
+
 KINDS = [((8, 64), 0.7)] * 7 + [((8, 64), 1.0)] * 2 + [((64, 8), 0.7)] * 3 + [((8, 200), 0.7)]
 
 

@@ -150,7 +150,7 @@ def gram(A_MR: Tensor) -> Tensor:
     """AᵀA, summed over blocks of rows: in one go float32 loses a digit on a tall matrix."""
     M = A_MR.shape[0]
     block = BLOCK if M >= 2 * BLOCK else SMALL_BLOCK
-    if 2 * block > M or _rows_side_by_side(A_MR) > 1:
+    if 2 * block > M or _rows_side_by_side(A_MR, A_MR) > 1:
         return inner(A_MR, A_MR)
     whole = M - M % block
     blocks = A_MR[:whole].unflatten(0, (-1, block))
@@ -160,7 +160,7 @@ def gram(A_MR: Tensor) -> Tensor:
 
 def inner(A_MR: Tensor, B_MR: Tensor) -> Tensor:
     """AᵀB."""
-    rows, rank = _rows_side_by_side(A_MR), A_MR.shape[1]
+    rows, rank = _rows_side_by_side(A_MR, B_MR), A_MR.shape[1]
     if rows == 1:
         return A_MR.mT @ B_MR
     blocks = A_MR.view(-1, rows * rank).mT @ B_MR.view(-1, rows * rank)
@@ -169,7 +169,7 @@ def inner(A_MR: Tensor, B_MR: Tensor) -> Tensor:
 
 def add_product_(C_MR: Tensor, A_MR: Tensor, S_RR: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     """C ← beta C + alpha A S."""
-    rows, rank = _rows_side_by_side(A_MR), S_RR.shape[0]
+    rows, rank = _rows_side_by_side(A_MR, C_MR), S_RR.shape[0]
     if rows == 1:
         return C_MR.addmm_(A_MR, S_RR, beta=beta, alpha=alpha)
     spread = S_RR.new_zeros(rows, rank, rows, rank)
@@ -179,11 +179,11 @@ def add_product_(C_MR: Tensor, A_MR: Tensor, S_RR: Tensor, *, beta: float = 1, a
     return C_MR
 
 
-def _rows_side_by_side(A_MR: Tensor) -> int:
-    """How many rows of a tall, thin matrix to see as one, so that products are neither slow nor summed in one go."""
+def _rows_side_by_side(A_MR: Tensor, B_MR: Tensor) -> int:
+    """How many rows of tall, thin matrices to see as one, so that products are neither slow nor summed in one go."""
     M, R = A_MR.shape
     rows = SIDE_BY_SIDE // R
-    return rows if rows > 1 and M >= BLOCK and M % rows == 0 and A_MR.is_contiguous() else 1
+    return rows if rows > 1 and M >= BLOCK and M % rows == 0 and A_MR.is_contiguous() and B_MR.is_contiguous() else 1
 
 
 def convert_gradients_stacked_(Y_BMR: Tensor, G_BMR: Tensor, H_BRR: Tensor) -> None:
