@@ -50,9 +50,8 @@ class _Products:
         """Keep TF32 and bfloat16 out; what was asked for is asked for again after the last user."""
         with self._lock:
             if not self._users:
-                settings = [
-                    (on, on.fp32_precision) for on in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
-                ]
+                backends: Any = torch.backends
+                settings = [(on, on.fp32_precision) for on in (backends.cuda.matmul, backends.mkldnn.matmul)]
                 self._asked = [(on, asked) for on, asked in settings if asked not in EXACT]
                 for on, _ in self._asked:
                     on.fp32_precision = "ieee"
