@@ -322,6 +322,28 @@ def test_what_a_stack_refused_is_told_with_the_next_save() -> None:
         check_manifold(nn.ModuleList(layers))  # once
 
 
+def test_what_a_stack_refused_is_told_when_its_optimizer_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where training is a function that makes its optimizer, and the model is saved after it."""
+    monkeypatch.setattr("beyondlora.manifold.riemannian.plan", lambda layers: [Stack(layers)])
+    layers = [StiefelLinear(4, 64) for _ in range(3)]
+
+    def train() -> None:
+        optimizer = torch.optim.SGD([layer.weight for layer in layers], 0.1)
+        for stepped in (layers, layers[:2]):
+            optimizer.zero_grad()
+            for layer in stepped:
+                with_gradient(layer)
+            layers[1].weight.grad[0, 0] = float("nan")
+            optimizer.step()
+
+    train()
+    with pytest.warns(UserWarning, match="2 steps of single Stiefel factors were refused since the last save"):
+        check_manifold(nn.ModuleList(layers))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_manifold(nn.ModuleList(layers))  # once
+
+
 def test_a_gradient_scaler_skips_and_steps() -> None:
     for options in ({}, {"foreach": True}, {"fused": True}):
         torch.manual_seed(0)

@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from beyondlora.adapters import StellaAdapter
-from beyondlora.manifold import StiefelLinear, distance_to_stiefel, riemannian
+from beyondlora.manifold import StiefelLinear, distance_to_stiefel, moves, riemannian
 
 Array = np.ndarray
 STEPS, TOLERANCE = 50, 1e-8  # rounding 1e-16, grown over 50 steps of optimizers that divide by small moments
@@ -866,6 +866,37 @@ def test_closures_of_others_are_welcome() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ cost and precision
+
+
+def test_two_models_trained_in_turns_keep_their_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    def plan(layers: list[StiefelLinear]) -> list[Any]:
+        made.append(len(layers))
+        return moves.plan(layers)
+
+    monkeypatch.setattr(riemannian, "plan", plan)
+    pairs = [[StiefelLinear(4, 32) for _ in range(2)] for _ in range(2)]
+    every = [layer for pair in pairs for layer in pair]
+    optimizer = torch.optim.SGD([layer.weight for layer in every], 0.1)
+
+    def step(layers: list[StiefelLinear]) -> None:
+        optimizer.zero_grad()
+        for layer in layers:
+            layer.weight.grad = torch.randn_like(layer.weight)
+        optimizer.step()
+
+    for turn in range(6):
+        step(pairs[turn % 2])
+    assert made == [2, 2]
+    step(every)
+    assert len(riemannian._plans[optimizer]) == 1  # buffers of no weight are there twice
+    step(pairs[0])
+    step(pairs[1])
+    assert made == [2, 2, 4, 2, 2]
+    del optimizer.param_groups[0]["params"][:2]
+    step(pairs[1][:1])
+    assert len(riemannian._plans[optimizer]) == 1  # nor those of weights that are no longer stepped
 
 
 def test_what_an_optimizer_does_not_own_costs_it_little() -> None:

@@ -79,16 +79,8 @@ class _Step:
         )
 
 
-@dataclass
-class _Plan:
-    """The moves of an optimizer's last step, with their buffers, and which weights they are for: see `_key`."""
-
-    key: _Key
-    moves: list[Move]
-
-
 _steps: "weakref.WeakKeyDictionary[Optimizer, _Step]" = weakref.WeakKeyDictionary()
-_plans: "weakref.WeakKeyDictionary[Optimizer, _Plan]" = weakref.WeakKeyDictionary()
+_plans: "weakref.WeakKeyDictionary[Optimizer, dict[_Key, list[Move]]]" = weakref.WeakKeyDictionary()
 _unowned = Unowned()
 _lock = threading.RLock()  # on what is above, and on looks at factors of others: none of them begins a step meanwhile
 _handles: list[RemovableHandle] = []
@@ -169,26 +161,34 @@ def _begin(optimizer: Optimizer, step: _Step, pieces: list[list[Piece]]) -> None
         check_layer(layer)
     warn_of_used_gradients([weight_of(layer).grad for layer in step.layers])
     step.key = _key(step.layers)
-    step.moves = [*map(Gathered, pieces), *_moves(optimizer, step.layers)]
+    step.moves = [*map(Gathered, pieces), *_moves(optimizer, step.layers, step.key)]
     weights = [layer.weight for layer in step.layers] + [piece.vector for together in pieces for piece in together]
     with full_precision({weight.device.type for weight in weights}):
         finite = [move.begin() for move in step.moves]
     step.finite = all(finite)
-    step.weights = [weight for weight in dict.fromkeys(weights) if weight.grad is not None]
-    step.gradients = [(weight.grad, _version(weight.grad)) for weight in step.weights if weight.grad is not None]
+    stepped = [(weight, weight.grad) for weight in dict.fromkeys(weights) if weight.grad is not None]
+    step.weights = [weight for weight, _ in stepped]
+    step.gradients = [(gradient, _version(gradient)) for _, gradient in stepped]
     for gradient, version in step.gradients[: len(step.layers)]:
         gradient._used_at_version = version  # type: ignore[attr-defined]
 
 
-def _moves(optimizer: Optimizer, layers: list[StiefelLinear]) -> list[Move]:
-    """The moves for these layers: those of the last step where the weights are the same, buffers and all."""
-    key = _key(layers)
-    known = _plans.get(optimizer)
-    if known is None or known.key != key:
+def _moves(optimizer: Optimizer, layers: list[StiefelLinear], key: _Key) -> list[Move]:
+    """The moves for these layers, and their buffers: those of an earlier step where the key is the same.
+
+    Of plans that share a weight the last is kept, so all buffers together are as large as those of one for all weights.
+    """
+    plans = _plans.get(optimizer, {})
+    moves = plans.get(key)
+    if moves is None:
         sharded = [layer for layer in layers if isinstance(layer.weight, DTensor)]
         whole = [layer for layer in layers if not isinstance(layer.weight, DTensor)]
-        known = _plans[optimizer] = _Plan(key, [*plan_shards(sharded), *plan(whole)])
-    return known.moves
+        others = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+        others.difference_update(weight for weight, *_ in key)
+        plans = {old: plans[old] for old in plans if others.issuperset(weight for weight, *_ in old)}
+        _plans[optimizer] = plans  # those dropped are gone before the new buffers are made
+        moves = plans[key] = [*plan_shards(sharded), *plan(whole)]
+    return moves
 
 
 def _key(layers: list[StiefelLinear]) -> _Key:
