@@ -12,6 +12,7 @@ from torch import Tensor
 
 from beyondlora.manifold import StiefelLinear, distance_to_stiefel, fast
 from beyondlora.manifold.moves import Group, Stack, refused_steps
+from beyondlora.precise import has_float64
 
 SHAPES = [(512, 8), (1024, 32), (200, 128), (16, 16), (64, 1), (515, 3), (1536, 24)]
 SIZES = [1e-7, 5e-4, 1e-2, 0.1, 10.0, 1e6]
@@ -70,6 +71,20 @@ def test_one_too_long_step_leaves_the_others_fast_and_right() -> None:
     assert fast.retract_(before, after, 1.0, torch.empty_like(after[0]))
     for Z, polar in zip(after, expected, strict=True):
         torch.testing.assert_close(Z.double(), polar, rtol=0, atol=2e-6)
+
+
+def test_a_device_without_memory_is_not_one_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cpu", 7)  # nobody else asks about it
+
+    def no_memory(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as short:
+        short.setattr(torch, "ones", no_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            has_float64(device)
+    monkeypatch.setattr(torch, "ones", lambda *_, **__: None)
+    assert has_float64(device)
 
 
 @pytest.mark.parametrize(("M", "R"), [(14336, 8), (14337, 8), (14336, 2), (8191, 32)])
