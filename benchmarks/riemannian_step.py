@@ -224,7 +224,8 @@ def main() -> None:
 
 def buffers(optimizer: torch.optim.Optimizer) -> list[torch.UntypedStorage]:
     """What the step keeps between one call and the next, each storage once."""
-    kept = [tree_leaves((move.before, move.scratch)) for move in riemannian._plans[optimizer].moves]
+    (moves,) = riemannian._plans[optimizer].values()
+    kept = [tree_leaves((move.before, move.scratch)) for move in moves]
     storages = [tensor.untyped_storage() for tensor in itertools.chain(*kept)]
     return list({storage.data_ptr(): storage for storage in storages}.values())
 

@@ -11,6 +11,8 @@ def has_float64(device: torch.device) -> bool:
     """Whether a device computes in float64, found out by doing it, once."""
     try:
         torch.ones((), dtype=torch.float64, device=device)
+    except torch.OutOfMemoryError:  # a RuntimeError, and no answer
+        raise
     except (TypeError, RuntimeError):  # MPS raises the first, XPU the second
         return False
     return True

@@ -1,7 +1,9 @@
 """Factors that moved without the step are seen; optimizers that cannot step them are refused; skipped steps skip."""
 
 import copy
+import gc
 import warnings
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -198,6 +200,14 @@ def test_a_half_precision_part_of_a_factor_is_left_to_the_step_that_refuses_it()
         torch.optim.SGD(nn.Linear(3, 3).parameters(), 0.1).step()
 
 
+@pytest.fixture
+def no_layers_left() -> Iterator[None]:
+    """A layer that is in a cycle would be refused at others' steps, too, until it is collected."""
+    yield
+    gc.collect()
+
+
+@pytest.mark.usefixtures("no_layers_left")
 def test_a_weight_made_from_other_parameters_is_refused() -> None:
     layer = StiefelLinear(4, 64)
     nn.utils.parametrizations.weight_norm(layer)
@@ -316,6 +326,28 @@ def test_what_a_stack_refused_is_told_with_the_next_save() -> None:
         stack.begin()
         stack.end()
     with pytest.warns(UserWarning, match="1 steps of single Stiefel factors were refused since the last save"):
+        check_manifold(nn.ModuleList(layers))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_manifold(nn.ModuleList(layers))  # once
+
+
+def test_what_a_stack_refused_is_told_when_its_optimizer_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where training is a function that makes its optimizer, and the model is saved after it."""
+    monkeypatch.setattr("beyondlora.manifold.riemannian.plan", lambda layers: [Stack(layers)])
+    layers = [StiefelLinear(4, 64) for _ in range(3)]
+
+    def train() -> None:
+        optimizer = torch.optim.SGD([layer.weight for layer in layers], 0.1)
+        for stepped in (layers, layers[:2]):
+            optimizer.zero_grad()
+            for layer in stepped:
+                with_gradient(layer)
+            layers[1].weight.grad[0, 0] = float("nan")
+            optimizer.step()
+
+    train()
+    with pytest.warns(UserWarning, match="2 steps of single Stiefel factors were refused since the last save"):
         check_manifold(nn.ModuleList(layers))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -4,7 +4,12 @@ The oracle is `reference.RiemannianReference` on a chain of layers whose gradien
 Legend of the shape suffixes: T tokens, N inputs, M outputs, R rank.
 """
 
+import collections
 import copy
+import gc
+import sys
+import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +24,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from beyondlora.adapters import StellaAdapter
-from beyondlora.manifold import StiefelLinear, distance_to_stiefel, riemannian
+from beyondlora.manifold import StiefelLinear, distance_to_stiefel, moves, riemannian
 
 Array = np.ndarray
 STEPS, TOLERANCE = 50, 1e-8  # rounding 1e-16, grown over 50 steps of optimizers that divide by small moments
@@ -512,6 +517,79 @@ def test_training_goes_on_after_a_step_that_raised(set_to_none: bool) -> None:
     assert_same(chain, expected)
 
 
+def test_a_step_that_raised_can_be_taken_again_on_the_same_gradients() -> None:
+    """As after an OutOfMemoryError that somebody caught: the gradients have been converted, and are not twice."""
+    chain = Chain()
+    expected = trained_reference(chain, reference.SGD(0.1), steps=3)
+    optimizer = Fragile(chain.adapters.parameters(), 0.1)
+    for step in range(3):
+        optimizer.zero_grad()
+        chain.loss().backward()
+        optimizer.broken = True
+        for _ in range(step):
+            with pytest.raises(RuntimeError, match="out of memory"):
+                optimizer.step()
+        optimizer.broken = False
+        optimizer.step()
+    assert_same(chain, expected)
+
+
+class HalfWay(torch.optim.SGD):
+    """Raises when it has moved every second weight."""
+
+    broken = True
+
+    def step(self, closure: Any = None) -> None:
+        for number, p in enumerate(self.param_groups[0]["params"]):
+            if self.broken and number % 2:
+                self.broken = False
+                raise RuntimeError("out of memory")
+            p.data.sub_(p.grad, alpha=0.1)
+
+
+def test_factors_that_a_step_had_moved_before_it_raised_are_on_the_manifold_after_the_next() -> None:
+    chain = Chain()
+    optimizer = HalfWay(stiefel_weights(chain), 0.1)
+    chain.loss().backward()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        optimizer.step()
+    optimizer.step()
+    assert all(distance_to_stiefel(layer.orthonormal) < 1e-14 for a in chain.adapters for layer in (a.up, a.down))
+
+
+def test_another_optimizer_on_the_gradients_of_a_step_that_raised_keeps_to_the_manifold_and_says_so() -> None:
+    chain = Chain()
+    chain.loss().backward()
+    fragile = Fragile(chain.adapters.parameters(), 0.1)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        fragile.step()
+    with pytest.warns(UserWarning, match="gradients that a step has used before"):
+        torch.optim.SGD(chain.adapters.parameters(), 0.1).step()
+    assert all(distance_to_stiefel(layer.orthonormal) < 1e-14 for a in chain.adapters for layer in (a.up, a.down))
+
+
+def test_a_step_that_raised_keeps_nothing_of_what_was_around_it() -> None:
+    """Memory is to be free for another attempt, which may be with another model and optimizer."""
+    layer = StiefelLinear(3, 8)
+    optimizer = Fragile(layer.parameters(), 0.1)
+
+    def attempt() -> "weakref.ref[nn.Module]":
+        large = nn.Linear(3, 3)
+        layer.weight.grad = torch.randn(8, 3)
+        try:
+            optimizer.step()
+        except RuntimeError:
+            return weakref.ref(large)
+        raise AssertionError
+
+    kept = attempt()
+    gc.collect()
+    assert kept() is None
+    optimizer = None
+    gc.collect()
+    assert len(riemannian._steps) == 0
+
+
 # torch runs the hooks of every `step` method in the chain of calls. The outermost one is the optimizer's step.
 
 
@@ -527,6 +605,75 @@ def test_an_optimizer_whose_step_calls_its_parents_takes_one_step() -> None:
     expected = trained_reference(chain, reference.SGD(0.1), steps=5)
     train(chain, InTwoHalves(chain.adapters.parameters(), 0.05), steps=5)
     assert_same(chain, expected)
+
+
+class Clipping(torch.optim.SGD):
+    """Changes gradients in place within its step, before the hooked one of its parent."""
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            nn.utils.clip_grad_norm_(group["params"], 0.1)
+        super().step()
+
+
+class ClippingAlone(torch.optim.SGD):
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            nn.utils.clip_grad_norm_(group["params"], 0.1)
+        torch.optim.SGD.step.__wrapped__(self)  # type: ignore[attr-defined]
+
+
+class ClippingAround(Optimizer):
+    """The same, with another optimizer inside."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        self.inner = torch.optim.SGD(params, lr)
+        super().__init__(self.inner.param_groups, {})
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            nn.utils.clip_grad_norm_(group["params"], 0.1)
+        self.inner.step()
+
+
+@pytest.mark.parametrize("make", [Clipping, ClippingAround])
+def test_gradients_changed_within_a_step_are_converted_once(make: Any) -> None:
+    chain, alone = Chain(), Chain()
+    train(chain, make(chain.adapters.parameters(), 0.1), steps=5)
+    train(alone, ClippingAlone(alone.adapters.parameters(), 0.1), steps=5)
+    assert_same(chain, alone.factors(), atol=1e-13)
+
+
+class Stubborn(torch.optim.SGD):
+    """Tries one way inside its step, which raises, and takes another."""
+
+    def step(self, closure: Any = None) -> None:
+        try:
+            Fragile.step(self)  # type: ignore[arg-type]
+        except RuntimeError:
+            super().step()
+
+    broken = True
+
+
+def test_an_error_that_a_step_overcomes_is_none() -> None:
+    chain = Chain()
+    Fragile(chain.adapters.parameters(), 0.1)  # hooks its step
+    expected = trained_reference(chain, reference.SGD(0.1), steps=3)
+    train(chain, Stubborn(chain.adapters.parameters(), 0.1), steps=3)
+    assert_same(chain, expected)
+
+
+def test_hooks_of_others_may_replace_the_arguments_of_a_step() -> None:
+    chain = Chain()
+    expected = trained_reference(chain, reference.SGD(0.1), steps=3)
+    optimizer = InTwoHalves(chain.adapters.parameters(), 0.05)
+    outer = Wrapper(optimizer)
+    for each in (optimizer, outer):
+        each.register_step_pre_hook(lambda _, args, kwargs: (args, dict(kwargs)))
+    train(chain, outer, steps=3)
+    assert_same(chain, expected)
+    assert len(riemannian._steps) == 0
 
 
 class Wrapper(Optimizer):
@@ -547,6 +694,24 @@ def test_an_optimizer_around_an_optimizer_takes_one_step() -> None:
     assert_same(chain, expected)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # what dynamo says where it leaves a graph
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_compiled_step_is_the_same_step(nested: bool) -> None:
+    chain = Chain(dtype=torch.float32)
+    expected = trained_reference(chain, reference.SGD(0.1), steps=3)
+    optimizer: Optimizer = torch.optim.SGD(chain.adapters.parameters(), 0.1)
+    if nested:
+        optimizer = Wrapper(optimizer)
+    torch.compiler.reset()
+    step = torch.compile(lambda: optimizer.step(), backend="eager")
+    for _ in range(3):
+        optimizer.zero_grad()
+        chain.loss().backward()
+        step()
+    assert_same(chain, expected, atol=FLOAT32)
+    assert len(riemannian._steps) == 0
+
+
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_a_step_that_is_not_finite_is_refused_and_the_factors_put_back(poison: float) -> None:
     torch.manual_seed(0)
@@ -563,6 +728,79 @@ def test_a_step_that_is_not_finite_is_refused_and_the_factors_put_back(poison: f
         layer.weight.grad = torch.randn_like(layer.weight)
     optimizer.step()
     assert all(distance_to_stiefel(layer.orthonormal) < 1e-6 for layer in layers)
+
+
+# ------------------------------------------------------------------------------------------------ threads
+
+
+def in_threads(work: Callable[[], None], count: int) -> list[BaseException]:
+    """Do the work in several threads that change places as often as can be. Returns: what they raised."""
+    raised: list[BaseException] = []
+
+    def attempt() -> None:
+        try:
+            work()
+        except BaseException as error:
+            raised.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=attempt) for _ in range(count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    return raised
+
+
+def test_models_are_made_and_trained_in_several_threads() -> None:
+    def work() -> None:
+        for _ in range(30):
+            layers = [StiefelLinear(4, 32) for _ in range(4)]
+            for layer in layers:
+                optimizer = torch.optim.AdamW(layer.parameters(), 0.01)
+                layer.weight.grad = torch.ones_like(layer.weight)
+                optimizer.step()
+                copies = [StiefelLinear.__new__(StiefelLinear) for _ in range(50)]  # as deepcopy begins
+            assert all(distance_to_stiefel(layer.orthonormal) < 1e-6 for layer in layers)
+            del copies
+
+    assert in_threads(work, 4) == []
+
+
+def test_a_factor_that_another_thread_is_about_to_step_is_not_taken_for_a_stray(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer, other = StiefelLinear(4, 32), nn.Linear(2, 2)
+    bystander = torch.optim.SGD(other.parameters(), 0.1)
+    moved, looked = threading.Event(), threading.Event()
+
+    class Slow(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            layer.weight.data.mul_(1.5)
+            moved.set()
+            looked.wait(10)
+
+    def look_late(Y_MR: Tensor) -> Tensor:
+        if threading.current_thread() is threading.main_thread():
+            moved.wait(0.5)
+        return distance_to_stiefel(Y_MR)
+
+    layer.weight.grad = torch.randn(32, 4)
+    bystander.step()  # it sees the factor on the manifold, and with a gradient
+    layer.weight.grad = torch.randn(32, 4)
+    monkeypatch.setattr("beyondlora.manifold.guard.distance_to_stiefel", look_late)
+    stepping = threading.Timer(0.1, Slow(layer.parameters(), 0.1).step)
+    stepping.start()
+    try:
+        bystander.step()
+    finally:
+        looked.set()
+        stepping.join()
+    assert distance_to_stiefel(layer.orthonormal) < 1e-6
 
 
 # ------------------------------------------------------------------------------------------------ closures
@@ -628,6 +866,59 @@ def test_closures_of_others_are_welcome() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ cost and precision
+
+
+def test_two_models_trained_in_turns_keep_their_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    def plan(layers: list[StiefelLinear]) -> list[Any]:
+        made.append(len(layers))
+        return moves.plan(layers)
+
+    monkeypatch.setattr(riemannian, "plan", plan)
+    pairs = [[StiefelLinear(4, 32) for _ in range(2)] for _ in range(2)]
+    every = [layer for pair in pairs for layer in pair]
+    optimizer = torch.optim.SGD([layer.weight for layer in every], 0.1)
+
+    def step(layers: list[StiefelLinear]) -> None:
+        optimizer.zero_grad()
+        for layer in layers:
+            layer.weight.grad = torch.randn_like(layer.weight)
+        optimizer.step()
+
+    for turn in range(6):
+        step(pairs[turn % 2])
+    assert made == [2, 2]
+    step(every)
+    assert len(riemannian._plans[optimizer]) == 1  # buffers of no weight are there twice
+    step(pairs[0])
+    step(pairs[1])
+    assert made == [2, 2, 4, 2, 2]
+    del optimizer.param_groups[0]["params"][:2]
+    step(pairs[1][:1])
+    assert len(riemannian._plans[optimizer]) == 1  # nor those of weights that are no longer stepped
+
+
+def test_what_an_optimizer_does_not_own_costs_it_little() -> None:
+    """One optimizer a weight: every step asks all factors, so it is counted how often."""
+    torch.manual_seed(0)
+    layers = [StiefelLinear(2, 4) for _ in range(300)]
+    for layer in layers:
+        layer.weight.grad = torch.randn_like(layer.weight)
+    torch.optim.SGD([layer.weight for layer in layers], 0.1).step()
+    mine = torch.optim.SGD(layers[0].parameters(), 0.1)
+    foreign = torch.optim.SGD([nn.Parameter(torch.zeros(3))], 0.1)
+    for optimizer in (mine, foreign):
+        calls = collections.Counter[str]()
+        gc.collect()
+        count = len(riemannian.live_stiefel_layers())
+        layers[0].weight.grad = torch.randn_like(layers[0].weight)
+        sys.setprofile(lambda frame, event, _, calls=calls: calls.update([event]))
+        try:
+            optimizer.step()
+        finally:
+            sys.setprofile(None)
+        assert calls["call"] <= 3 * count + 300
 
 
 class Decompositions(TorchDispatchMode):

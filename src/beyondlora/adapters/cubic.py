@@ -130,7 +130,7 @@ def all_gradients(
         dz_TR, *more = _gradients(g_TR, part_TR, H_RR, W_RK, grid)
         dz.append(dz_TR)
         sums = [*map(torch.add, sums, more)] if sums else more  # at once: a large rank's H is larger than a piece
-    dH_RR, dW_RK = sums or map(torch.zeros_like, (H_RR, W_RK))
+    dH_RR, dW_RK = sums
     return dz[0] if len(dz) == 1 else torch.cat(dz), dH_RR, dW_RK
 
 

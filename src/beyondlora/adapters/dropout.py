@@ -61,7 +61,7 @@ def draw_mask(like_TN: Tensor, p: float) -> tuple[Tensor, float]:
 
 
 def dropped_positions(n: int, p: float) -> Tensor:
-    """Positions out of n, each with probability p: (D,), ascending. P(gap ≥ k) = (1 − p)ᵏ."""
+    """Positions out of n >= 1, each with probability p: (D,), ascending. P(gap ≥ k) = (1 − p)ᵏ."""
     drawn, last = [], -1
     while last < n - 1:
         left = n - 1 - last
@@ -70,7 +70,7 @@ def dropped_positions(n: int, p: float) -> Tensor:
         gaps.neg_().log1p_().mul_(1 / math.log1p(-p)).clamp_(max=left)
         drawn.append(gaps.long().add_(1).cumsum(0).add_(last))
         last = int(drawn[-1][-1])
-    positions = torch.cat(drawn) if drawn else torch.empty(0, dtype=torch.int64, device="cpu")
+    positions = torch.cat(drawn)
     within = int(torch.searchsorted(positions, n))  # a comparison and its indices take as long as all the rest
     return positions[:within].to(torch.int32 if n < 2**31 else torch.int64)
 

@@ -18,8 +18,10 @@ Legend: M rows, R columns (rank), B matrices of one shape. Y point, Z the step b
 
 import functools
 import math
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,23 +34,50 @@ REACH = 0.9  # from where the rounds converge
 BLOCK, SMALL_BLOCK = 512, 64  # rows of a product whose sum is to be exact; of one of fewer than two large blocks
 SIDE_BY_SIDE = 16  # columns below which BLAS runs products at a fraction of its speed
 UNEVEN = 2.0  # mean(λ) · mean(1/λ) of a Gram matrix from which its float32 rounding is felt; 1 for I
+EXACT = ("none", "ieee")  # of torch's settings of float32 products, those that leave them alone
 LAST_ROUND, CLOSE = (15 / 8, -5 / 4, 3 / 8), 7e-4  # Taylor's polynomial, which leaves 5/2 · CLOSE³
+
+
+class _Products:
+    """Float32 products that multiply in float32, in all threads for as long as one asks for it: torch has no other."""
+
+    def __init__(self) -> None:
+        self._lock, self._users = threading.Lock(), 0
+        self._asked: list[tuple[Any, str]] = []  # torch's settings that were lowered, and to what
+
+    @contextmanager
+    def exact(self) -> Iterator[None]:
+        """Keep TF32 and bfloat16 out; what was asked for is asked for again after the last user."""
+        with self._lock:
+            if not self._users:
+                backends: Any = torch.backends
+                settings = [(on, on.fp32_precision) for on in (backends.cuda.matmul, backends.mkldnn.matmul)]
+                self._asked = [(on, asked) for on, asked in settings if asked not in EXACT]
+                for on, _ in self._asked:
+                    on.fp32_precision = "ieee"
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                if not self._users:
+                    for on, asked in self._asked:
+                        on.fp32_precision = "none"  # what the setting above it says
+                        if on.fp32_precision != asked:
+                            on.fp32_precision = asked
+
+
+_products = _Products()
 
 
 @contextmanager
 def full_precision(device_types: Iterable[str]) -> Iterator[None]:
     """Keep TF32, bfloat16 products and these devices' autocast away: they break orthonormality to 2e-3."""
-    asked = torch.get_float32_matmul_precision()
-    if asked != "highest":
-        torch.set_float32_matmul_precision("highest")
-    try:
-        with ExitStack() as off:
-            for device_type in filter(torch.is_autocast_enabled, device_types):
-                off.enter_context(torch.autocast(device_type, enabled=False))
-            yield
-    finally:
-        if asked != "highest":
-            torch.set_float32_matmul_precision(asked)
+    with _products.exact(), ExitStack() as off:
+        for device_type in filter(torch.is_autocast_enabled, device_types):
+            off.enter_context(torch.autocast(device_type, enabled=False))
+        yield
 
 
 def convert_gradient_(Y_MR: Tensor, G_MR: Tensor) -> Tensor:
@@ -120,7 +149,7 @@ def gram(A_MR: Tensor) -> Tensor:
     """AᵀA, summed over blocks of rows: in one go float32 loses a digit on a tall matrix."""
     M = A_MR.shape[0]
     block = BLOCK if M >= 2 * BLOCK else SMALL_BLOCK
-    if 2 * block > M or _rows_side_by_side(A_MR) > 1:
+    if 2 * block > M or _rows_side_by_side(A_MR, A_MR) > 1:
         return inner(A_MR, A_MR)
     whole = M - M % block
     blocks = A_MR[:whole].unflatten(0, (-1, block))
@@ -130,7 +159,7 @@ def gram(A_MR: Tensor) -> Tensor:
 
 def inner(A_MR: Tensor, B_MR: Tensor) -> Tensor:
     """AᵀB."""
-    rows, rank = _rows_side_by_side(A_MR), A_MR.shape[1]
+    rows, rank = _rows_side_by_side(A_MR, B_MR), A_MR.shape[1]
     if rows == 1:
         return A_MR.mT @ B_MR
     blocks = A_MR.view(-1, rows * rank).mT @ B_MR.view(-1, rows * rank)
@@ -139,7 +168,7 @@ def inner(A_MR: Tensor, B_MR: Tensor) -> Tensor:
 
 def add_product_(C_MR: Tensor, A_MR: Tensor, S_RR: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     """C ← beta C + alpha A S."""
-    rows, rank = _rows_side_by_side(A_MR), S_RR.shape[0]
+    rows, rank = _rows_side_by_side(A_MR, C_MR), S_RR.shape[0]
     if rows == 1:
         return C_MR.addmm_(A_MR, S_RR, beta=beta, alpha=alpha)
     spread = S_RR.new_zeros(rows, rank, rows, rank)
@@ -149,11 +178,11 @@ def add_product_(C_MR: Tensor, A_MR: Tensor, S_RR: Tensor, *, beta: float = 1, a
     return C_MR
 
 
-def _rows_side_by_side(A_MR: Tensor) -> int:
-    """How many rows of a tall, thin matrix to see as one, so that products are neither slow nor summed in one go."""
+def _rows_side_by_side(A_MR: Tensor, B_MR: Tensor) -> int:
+    """How many rows of tall, thin matrices to see as one, so that products are neither slow nor summed in one go."""
     M, R = A_MR.shape
     rows = SIDE_BY_SIDE // R
-    return rows if rows > 1 and M >= BLOCK and M % rows == 0 and A_MR.is_contiguous() else 1
+    return rows if rows > 1 and M >= BLOCK and M % rows == 0 and A_MR.is_contiguous() and B_MR.is_contiguous() else 1
 
 
 def convert_gradients_stacked_(Y_BMR: Tensor, G_BMR: Tensor, H_BRR: Tensor) -> None:

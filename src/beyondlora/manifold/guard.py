@@ -1,6 +1,6 @@
 """Never silent: factors that moved without the step, and optimizers that cannot take it.
 
-At a step a factor's version counter says for nothing that nobody touched it since the last look; only where it moved
+At a step a factor's version counter tells, at no cost, that nobody touched it since the last look; only where it moved
 is YᵀY computed. Writing through `.data` does not move the counter: such a change is seen at the next save, merge or
 export, which always look.
 """
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from .linear import PRECISE, StiefelLinear, is_cut_by_fsdp, is_cut_by_zero, live_stiefel_layers, weight_of
+from .linear import PRECISE, StiefelLinear, is_cut_by_fsdp, is_cut_by_zero, weight_of
 from .moves import refused_steps
 from .pieces import is_cut, may_be_stepped
 from .stiefel import distance_to_stiefel, polar_retraction
@@ -43,7 +43,7 @@ def refuse_optimizer(optimizer: Optimizer) -> None:
         )
 
 
-def refuse_out_of_reach(layers: list[StiefelLinear]) -> None:
+def refuse_out_of_reach(layers: Iterable[StiefelLinear]) -> None:
     """Raise a ValueError for a factor that is trained as something else than its module's parameter.
 
     To be asked where an optimizer owns no factor: one that steps such parts cannot be told by what it owns.
@@ -209,14 +209,18 @@ def _far(layer: StiefelLinear, distance: float) -> str:
 class Unowned:
     """Notices trainable factors that no optimizer owns: of an adapter added after it was made, or stepped as copies."""
 
-    OWNED = -1  # in place of a count: has an owner; another optimizer's step says nothing
-
     def __init__(self) -> None:
         self._waits: weakref.WeakKeyDictionary[StiefelLinear, int] = weakref.WeakKeyDictionary()
         self._orthonormal: weakref.WeakSet[StiefelLinear] = weakref.WeakSet()  # when they began to wait
 
-    def watch(self, optimizer: Optimizer, owned: list[StiefelLinear], cut: Collection[StiefelLinear]) -> None:
-        """Count a step for every factor with a new gradient that the stepping optimizer does not own; warn once.
+    def watch(
+        self,
+        optimizer: Optimizer,
+        living: dict[StiefelLinear, Any],
+        owned: list[StiefelLinear],
+        cut: Collection[StiefelLinear],
+    ) -> None:
+        """Count a step for every living factor with a new gradient that no optimizer has owned yet; warn once.
 
         Those that are cut into vectors are left out, and those in a vector of its own are owned.
 
@@ -224,15 +228,14 @@ class Unowned:
 
         Raises: ValueError for a factor that has left the manifold meanwhile: a copy of it is being stepped.
         """
-        weights = {id(weight_of(layer)) for layer in owned}
+        weights = {id(weight_of(layer)) for layer in (*owned, *cut)}
         late = []
-        for layer in live_stiefel_layers():
-            weight = weight_of(layer)
-            if not weight.requires_grad or is_cut_by_fsdp(layer):
+        for layer, weight in living.items():
+            if layer.owned == id(weight) or not weight.requires_grad or is_cut_by_fsdp(layer):
                 continue
-            if id(weight) in weights or layer in cut:
-                self._waits[layer] = self.OWNED
-            elif self._waits.get(layer, 0) != self.OWNED and _has_new_gradient(layer):
+            if id(weight) in weights:
+                vars(layer)["owned"] = id(weight)
+            elif _has_new_gradient(layer):
                 self._waits[layer] = self._waits.get(layer, 0) + 1
                 self._refuse_moved(layer, optimizer)
                 late += [layer] if self._waits[layer] == PATIENCE else []

@@ -16,7 +16,8 @@ PRECISE = (torch.float32, torch.float64)
 ROUNDING = 1e-5  # largest |YᵀY − I| that float32 leaves
 SURELY_NO_ROUNDING = 0.1  # bfloat16 leaves some 1e-3 on factors of any size
 
-_live: "weakref.WeakSet[StiefelLinear]" = weakref.WeakSet()
+# By id: a set of them could not be listed while another thread adds to it.
+_live: "weakref.WeakValueDictionary[int, StiefelLinear]" = weakref.WeakValueDictionary()
 
 
 class StiefelLinear(nn.Linear):
@@ -44,12 +45,14 @@ class StiefelLinear(nn.Linear):
     tensor(True)
     """
 
+    owned: int | None = None  # the weight that an optimizer has owned when it stepped; a copy's is another one
+
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Make the layer known to `live_stiefel_layers`."""
         # __new__ and not __init__: copies and unpickled layers pass through here too. They are found through this
-        # set, because an attribute on the Parameter would not survive deepcopy or sharding.
+        # dictionary, because an attribute on the Parameter would not survive deepcopy or sharding.
         layer = super().__new__(cls)
-        _live.add(layer)
+        _live[id(layer)] = layer
         return layer
 
     def __init__(
@@ -166,10 +169,15 @@ class StiefelLinear(nn.Linear):
         return f"{super().extra_repr()}, retraction={self.retraction!r}, step_scale={self.step_scale:.4g}"
 
 
-def live_stiefel_layers() -> list[StiefelLinear]:
-    """Every StiefelLinear alive in this process that has its weight."""
+def live_stiefel_layers() -> dict["StiefelLinear", Any]:
+    """Every StiefelLinear alive in this process that has its weight, with it."""
     # A layer whose __init__ raised lives without one for as long as the traceback is kept (notebooks keep the last).
-    return [layer for layer in list(_live) if weight_of(layer) is not None]
+    living = {}
+    for reference in _live.valuerefs():
+        layer = reference()
+        if layer is not None and (weight := weight_of(layer)) is not None:
+            living[layer] = weight
+    return living
 
 
 def _deepspeed_asks() -> bool:

@@ -26,7 +26,7 @@ class Move(Protocol):
         """Remember where the factors are and convert their gradients; False if one is known not to be finite."""
 
     def end(self) -> bool:
-        """Retract the optimizer's step; False, and nothing promised, if it is known not to be finite."""
+        """Retract the optimizer's step; False if a value is not finite; the factors are then undefined."""
 
     def is_still(self) -> bool:
         """Whether the factors are where they were at the beginning, bit for bit."""
@@ -137,7 +137,7 @@ class Stack(_Kept):
 
     The R×R work of all shapes is done together, what is as large as the factors in shares. A factor whose gradient or
     step is not finite stays where it was, without an error: raising one would mean waiting for the device at every
-    step. `refused` counts such steps, on the device, until `refused_steps` asks.
+    step. Such steps are counted on the device, until `refused_steps` asks.
     """
 
     SHARES = 8  # the scratch is an eighth of the factors
@@ -156,8 +156,7 @@ class Stack(_Kept):
         size = max(1, max(2**20, entries * first.itemsize // self.ROOTS) // (8 * rank**2))
         self.pieces = [slice(i, i + size) for i in range(0, len(layers), size)]
         self.finite = torch.ones(len(layers), dtype=torch.bool, device=first.device)
-        self.refused = torch.zeros((), dtype=torch.int64, device=first.device)
-        _stacks.add(self)
+        self.refused = _refused.setdefault(first.device, torch.zeros((), dtype=torch.int64, device=first.device))
 
     def begin(self) -> bool:
         """See `Move`."""
@@ -203,15 +202,17 @@ class Stack(_Kept):
                 first += len(taken)
 
 
-_stacks: "weakref.WeakSet[Stack]" = weakref.WeakSet()
+# One for a device, for as long as the process lives: a stack may be gone when somebody asks. Made with the first stack,
+# in the steps that are taken before a CUDA graph records one.
+_refused: dict[torch.device, Tensor] = {}
 
 
 def refused_steps() -> int:
     """How many steps of single factors all stacks have refused since the last call. Waits for their devices."""
-    count = sum(int(stack.refused.item()) for stack in _stacks)
-    for stack in _stacks:
-        stack.refused.zero_()
-    return count
+    counts = [(counter, int(counter.item())) for counter in list(_refused.values())]
+    for counter, count in counts:
+        counter.sub_(count)
+    return sum(count for _, count in counts)
 
 
 def plan(layers: list[StiefelLinear]) -> list[Move]:
