@@ -606,6 +606,15 @@ def test_adapters_beside_the_tables_of_tokens(peft_type, targets, recipe, house,
     assert theirs["metrics"] == summary["metrics"]
 
 
+def test_an_optimizer_that_cannot_step_orthonormal_factors_is_refused_before_the_run_is_begun(recipe, tmp_path):
+    pytest.importorskip("schedulefree")
+    unsuited = {"optim": "schedule_free_sgd", "lr_scheduler_type": "constant", "max_steps": 1}
+    with pytest.raises(ValueError, match="SGDScheduleFree cannot step Stiefel factors"):
+        train(recipe(adapter=small_runs.ADAPTERS["stella"], **unsuited))
+    assert not (tmp_path / "run").exists()
+    assert train(recipe(**unsuited))["steps"] == 1
+
+
 def test_of_several_devices_without_a_launcher_one_is_used_and_said(recipe, monkeypatch):
     """The Trainer would take nn.DataParallel."""
     arguments, told = [], []

@@ -26,6 +26,8 @@ from .attach import Trained, attach, config_from, count_parameters, load_weights
 from .evaluate import device, load_base, load_processor
 from .figures import Examination, check_extras
 from .interrupts import listening
+from .manifold.guard import refuse_optimizer
+from .manifold.linear import StiefelLinear
 from .measure import Measurements, as_dict
 from .progress import Progress
 from .recipe import Recipe, nearest
@@ -105,7 +107,9 @@ def train(
         )
         arguments._n_gpu = 1  # the Trainer would take nn.DataParallel
     with quiet():
-        Trainer.get_optimizer_cls_and_kwargs(arguments, model)  # raises where its package is missing
+        kind, _ = Trainer.get_optimizer_cls_and_kwargs(arguments, model)  # raises where its package is missing
+    if any(isinstance(module, StiefelLinear) and module.weight.requires_grad for module in model.modules()):
+        refuse_optimizer(kind)
 
     if checkpoint is not None:
         _check_same_data(splits, run)

@@ -93,7 +93,7 @@ def test_a_factor_on_the_meta_device_is_refused() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["LBFGS", "AdamWScheduleFree", "DummyOptim", "CPUOffloadOptimizer"],
+    ["LBFGS", "AdamWScheduleFree", "DummyOptim", "CPUOffloadOptimizer", "AdaLomo"],
 )
 def test_optimizers_that_cannot_are_refused_by_name(name: str) -> None:
     kind = type("Mine", (type(name, (torch.optim.SGD,), {}),), {})

@@ -29,16 +29,17 @@ REFUSED = {  # part of a class's name -> why
     "ScheduleFree": "it evaluates and saves an average of what it trains, and averages leave the manifold",
     "DummyOptim": "it is a placeholder for one that DeepSpeed makes, and was never replaced",
     "CPUOffloadOptimizer": "it steps copies of the weights on another device",
+    "Lomo": "it steps weights inside the backward pass, without a call that could be answered",
 }
 
 
-def refuse_optimizer(optimizer: Optimizer) -> None:
-    """Raise a ValueError for an optimizer that cannot take the Riemannian step."""
-    names = [kind.__name__ for kind in type(optimizer).__mro__]
+def refuse_optimizer(kind: type) -> None:
+    """Raise a ValueError for a kind of optimizer that cannot take the Riemannian step."""
+    names = [base.__name__ for base in kind.__mro__]
     reason = next((why for part, why in REFUSED.items() if any(part in name for name in names)), None)
     if reason is not None:
         raise ValueError(
-            f"{type(optimizer).__name__} cannot step Stiefel factors: {reason}. Take AdamW or another optimizer "
+            f"{kind.__name__} cannot step Stiefel factors: {reason}. Take AdamW or another optimizer "
             "that steps the module's own parameters once a call, or give the factors a Euclidean geometry."
         )
 

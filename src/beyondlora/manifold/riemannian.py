@@ -126,7 +126,7 @@ def _to_step(optimizer: Optimizer, arguments: list[Any]) -> tuple[list[StiefelLi
         return [], []
     # Before the look at gradients: there may be none yet, the closure makes them.
     _refuse_closure(optimizer, arguments)
-    refuse_optimizer(optimizer)
+    refuse_optimizer(type(optimizer))
     # Where an optimizer calls another one inside its step, the outer one takes the step of the weights they share.
     outer = [step for other, step in _steps.items() if _calls_of(other)]
     taken = {id(gradient) for step in outer for gradient, _ in step.gradients}
