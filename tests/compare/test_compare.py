@@ -19,7 +19,7 @@ from beyondlora.compare import compare
 from beyondlora.compare import published as published_format
 from beyondlora.compare.grid import Grid
 from beyondlora.compare.held_out import check_apart, cut_off
-from beyondlora.compare.runs import HeldOut, append_result, read_results, train_and_measure
+from beyondlora.compare.runs import HeldOut, append_result, check_same, expected, read_results, train_and_measure
 from beyondlora.evaluate import evaluate
 from beyondlora.progress import Progress
 from beyondlora.recipe import Recipe
@@ -219,6 +219,14 @@ def _perhaps_killed(die, _progress):
     if die:
         os.kill(os.getpid(), signal.SIGKILL)
     return "alive"
+
+
+def test_runs_on_weights_of_four_bits_do_not_stand_beside_those_on_whole_ones(house):
+    recipe, test = small_runs.recipe(house), HeldOut("test.txt", "t", 9, None)
+    line = expected(recipe.replace(load_in_4bit=True), test, "d", None)
+    check_same({"one": line}, line, Path("here"))
+    with pytest.raises(ValueError, match=r"base_sha256: 4 bits \w+, here (?!4 bits)"):
+        check_same({"one": line}, expected(recipe, test, "d", None), Path("here"))
 
 
 @pytest.mark.parametrize(

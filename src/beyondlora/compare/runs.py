@@ -212,9 +212,10 @@ def base_sha256(name_or_path: str) -> str:
 
 def expected(recipe: Recipe, test: HeldOut, data_sha256: str, harness_version: str | None) -> dict[str, Any]:
     """What every line of a table must have in common."""
+    held = f"{recipe.bits} bits " if recipe.bits else ""  # another model than the whole one
     return {
         "task": recipe.task,
-        "base_sha256": base_sha256(recipe.model_name_or_path),
+        "base_sha256": held + base_sha256(recipe.model_name_or_path),
         "data_sha256": data_sha256,
         "test_sha256": test.sha256,
         "metric_version": measure.VERSION,
