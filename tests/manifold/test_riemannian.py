@@ -570,6 +570,7 @@ def test_another_optimizer_on_the_gradients_of_a_step_that_raised_keeps_to_the_m
 
 def test_a_step_that_raised_keeps_nothing_of_what_was_around_it() -> None:
     """Memory is to be free for another attempt, which may be with another model and optimizer."""
+    before = set(riemannian._steps)  # of other tests, whose optimizers live as long as what they raised
     layer = StiefelLinear(3, 8)
     optimizer = Fragile(layer.parameters(), 0.1)
 
@@ -587,7 +588,7 @@ def test_a_step_that_raised_keeps_nothing_of_what_was_around_it() -> None:
     assert kept() is None
     optimizer = None
     gc.collect()
-    assert len(riemannian._steps) == 0
+    assert set(riemannian._steps) <= before
 
 
 # torch runs the hooks of every `step` method in the chain of calls. The outermost one is the optimizer's step.
@@ -665,6 +666,7 @@ def test_an_error_that_a_step_overcomes_is_none() -> None:
 
 
 def test_hooks_of_others_may_replace_the_arguments_of_a_step() -> None:
+    before = set(riemannian._steps)
     chain = Chain()
     expected = trained_reference(chain, reference.SGD(0.1), steps=3)
     optimizer = InTwoHalves(chain.adapters.parameters(), 0.05)
@@ -673,7 +675,7 @@ def test_hooks_of_others_may_replace_the_arguments_of_a_step() -> None:
         each.register_step_pre_hook(lambda _, args, kwargs: (args, dict(kwargs)))
     train(chain, outer, steps=3)
     assert_same(chain, expected)
-    assert len(riemannian._steps) == 0
+    assert set(riemannian._steps) <= before
 
 
 class Wrapper(Optimizer):
@@ -697,6 +699,7 @@ def test_an_optimizer_around_an_optimizer_takes_one_step() -> None:
 @pytest.mark.filterwarnings("ignore::UserWarning")  # what dynamo says where it leaves a graph
 @pytest.mark.parametrize("nested", [False, True])
 def test_a_compiled_step_is_the_same_step(nested: bool) -> None:
+    before = set(riemannian._steps)
     chain = Chain(dtype=torch.float32)
     expected = trained_reference(chain, reference.SGD(0.1), steps=3)
     optimizer: Optimizer = torch.optim.SGD(chain.adapters.parameters(), 0.1)
@@ -709,7 +712,7 @@ def test_a_compiled_step_is_the_same_step(nested: bool) -> None:
         chain.loss().backward()
         step()
     assert_same(chain, expected, atol=FLOAT32)
-    assert len(riemannian._steps) == 0
+    assert set(riemannian._steps) <= before
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
