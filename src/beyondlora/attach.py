@@ -14,7 +14,7 @@ import json
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -258,9 +258,10 @@ def _load_adapter_weights(model: PeftModel, folder: Path) -> None:
 
 def _embeddings(model: PeftModel) -> dict[str, torch.Tensor]:
     """The base model's own tables, by name: PEFT saves them beside an adapter that adapts them."""
-    base: Any = model.get_base_model()
-    layers = [getattr(base, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")]
-    weights = {id(weight) for layer in layers if layer is not None for weight in layer.parameters()}
+    base, weights = model.get_base_model(), set[int]()
+    for side in ("input", "output"):
+        with suppress(AttributeError, NotImplementedError):  # a model of images has none, and says so in several ways
+            weights |= {id(weight) for weight in getattr(base, f"get_{side}_embeddings")().parameters()}
     return {name: weight for name, weight in model.state_dict(keep_vars=True).items() if id(weight) in weights}
 
 
