@@ -548,6 +548,12 @@ def test_an_option_that_leaves_no_layer_is_named(options, reason):
         get_peft_model(small_models.llama(), StellaConfig(r=2, target_modules=["q_proj"], **options))
 
 
+def test_the_inside_of_an_adapted_layer_is_no_target_and_no_option_is_blamed():
+    model = get_peft_model(small_models.llama(), StellaConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"Target modules \['base_layer'\] not found in the base model"):
+        model.add_adapter("other", StellaConfig(r=2, target_modules=["base_layer"]))
+
+
 @every_method
 def test_half_precision_is_the_same_with_gradients_and_without(method):
     """Policy and reference, or old and new probabilities, are computed one way each; their ratio is to be one."""

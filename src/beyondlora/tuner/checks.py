@@ -89,8 +89,8 @@ def refuse_unmatched(config: Any, model: nn.Module) -> None:
     """Say why target modules fit no layer, and name the layers that may have been meant. Raises: ValueError."""
     targets, names = sorted(config.target_modules), [name for name, _ in model.named_modules() if name]
     meant = [name for name in names if fits(name, targets)]
-    if meant:
-        options = {name: value for name in NARROWING if (value := getattr(config, name)) is not None}
+    options = {name: value for name in NARROWING if (value := getattr(config, name)) is not None}
+    if meant and options:
         told = ", ".join(f"{name}={value!r}" for name, value in options.items())
         raise ValueError(
             f"No layer is left to adapt: target_modules {targets} name {len(meant)} modules ({meant[0]}, …), "
