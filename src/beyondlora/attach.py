@@ -332,16 +332,16 @@ def save_trained(model: Trained, folder: Path, processor: Any) -> None:
 
 def write_trained(model: Trained, folder: Path, processor: Any) -> None:
     """The same, among what the folder holds already."""
-    # What a base model's table of tokens holds, an adapter beside it has not changed.
-    options: dict[str, Any] = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
-    with quiet():
-        model.save_pretrained(str(folder), **options)
-    if isinstance(model, PeftModel):
-        _write_card(model.peft_config[model.active_adapter], folder)
-        if isinstance(template := getattr(processor, "chat_template", None), str):  # who serves it must write alike
-            write_text(folder / "chat_template.jinja", template)
-    else:
+    if not isinstance(model, PeftModel):
+        with quiet():
+            model.save_pretrained(str(folder))
         processor.save_pretrained(str(folder))
+        return
+    with quiet():  # and without the base model's tables of tokens, which an adapter beside them has not changed
+        model.save_pretrained(str(folder), save_embedding_layers=False)
+    _write_card(model.peft_config[model.active_adapter], folder)
+    if isinstance(template := getattr(processor, "chat_template", None), str):  # who serves it must write alike
+        write_text(folder / "chat_template.jinja", template)
 
 
 def _write_card(config: PeftConfig, folder: Path) -> None:

@@ -19,7 +19,7 @@ from . import data as data_module
 from . import models
 from .attach import Trained, check_folder, config_in, holds_model, load_trained
 from .figures import Examination, check_extras
-from .measure import Outcomes, as_dict
+from .measure import Outcomes, as_dict, moved
 from .recipe import Recipe
 from .run_folder import RunFolder, check_writable
 from .tuner.packing import keep_unpacked
@@ -63,7 +63,7 @@ def evaluate(
     base = opened.base()
     examination = examination.begun_with(base, device())
     model = opened.load(base)
-    network: Any = place(_merge(model) if merged else model)
+    network: Any = moved(_merge(model) if merged else model, device())
     scores = examination.measure(
         network, batch_size=batch_size, on_batch=on_batch, on_outcomes=on_outcomes, keep=keep if main else None
     )
@@ -133,11 +133,6 @@ def open_target(
 def device() -> torch.device:
     """The accelerator if there is one, else the CPU; what the Trainer chooses too."""
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-
-
-def place(model: Any) -> Any:
-    """Put a model where it is to run; one in 8 or 4 bits has been loaded there, and refuses to be moved."""
-    return model if getattr(model, "hf_quantizer", None) is not None else model.to(device())
 
 
 def load_processor(recipe: Recipe) -> Any:

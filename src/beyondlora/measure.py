@@ -124,6 +124,11 @@ def _batches(
                 on_batch(done, len(mine))
 
 
+def moved(model: Any, device: torch.device) -> Any:
+    """A model where it is to run; one in 8 or 4 bits was loaded there, and refuses to be moved."""
+    return model if getattr(model, "hf_quantizer", None) is not None else model.to(device)
+
+
 @contextmanager
 def inference(model: torch.nn.Module) -> Iterator[None]:
     """Neither dropout nor gradients; the model's mode is put back."""

@@ -87,6 +87,11 @@ def train(
     if checkpoint is not None and (refusal := resume_refusal(config)):
         raise ValueError(refusal)
     check_extras(recipe)
+    if arguments.n_gpu > 1:
+        progress.say(
+            f"There are {arguments.n_gpu} devices, and one is used: `accelerate launch -m beyondlora train …` uses all."
+        )
+        arguments._n_gpu = 1  # the Trainer would take nn.DataParallel
     if not curves.can_draw():
         progress.say("curves.png will be skipped: matplotlib is not installed (pip install 'beyondlora[plots]').")
 
@@ -101,15 +106,7 @@ def train(
     base = load_base(recipe, processor, splits.label_names)
     examination = examination and examination.begun_with(base, device())
     model: Any = attach(base, config, recipe)
-    if arguments.n_gpu > 1:
-        progress.say(
-            f"There are {arguments.n_gpu} devices, and one is used: `accelerate launch -m beyondlora train …` uses all."
-        )
-        arguments._n_gpu = 1  # the Trainer would take nn.DataParallel
-    with quiet():
-        kind, _ = Trainer.get_optimizer_cls_and_kwargs(arguments, model)  # raises where its package is missing
-    if any(isinstance(module, StiefelLinear) and module.weight.requires_grad for module in model.modules()):
-        refuse_optimizer(kind)
+    _check_optimizer(arguments, model)
 
     if checkpoint is not None:
         _check_same_data(splits, run)
@@ -139,12 +136,14 @@ def _check_launch(recipe: Recipe) -> None:
             "accelerate was asked for the first version of FSDP, which flattens weights, and a recipe's run has not "
             "learned to save such. Launch it with --fsdp_version 2 (or fsdp_version: 2 in accelerate's configuration)."
         )
-    if (shards or is_deepspeed_zero3_enabled()) and recipe.bits:
+    if not (shards or is_deepspeed_zero3_enabled()):
+        return
+    if recipe.bits:
         raise ValueError(
             f"load_in_{recipe.bits}bit, and the launcher was asked to cut weights over processes (FSDP or ZeRO 3): "
             "packed ones are not cut here. Launch data parallel, or leave one of the two out."
         )
-    if (shards or is_deepspeed_zero3_enabled()) and recipe.forgetting_dataset_name:
+    if recipe.forgetting_dataset_name:
         raise ValueError(
             f"forgetting_dataset_name={recipe.forgetting_dataset_name!r} asks for the base model's loss before "
             f"training, and under {'FSDP' if shards else 'ZeRO 3'} no process has a model that it could call before "
@@ -163,6 +162,14 @@ def _check_names(recipe: Recipe) -> None:
             f"lr_scheduler_type={recipe.lr_scheduler_type!r} follows evaluations of the Trainer's own, and those of a "
             "run are others; choose another, as 'cosine'."
         )
+
+
+def _check_optimizer(arguments: TrainingArguments, model: Any) -> None:
+    """Refuse an optimizer whose package is missing, or that cannot step what the model trains."""
+    with quiet():
+        kind, _ = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    if any(isinstance(module, StiefelLinear) and module.weight.requires_grad for module in model.modules()):
+        refuse_optimizer(kind)
 
 
 def _training_arguments(recipe: Recipe) -> TrainingArguments:

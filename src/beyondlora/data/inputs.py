@@ -250,7 +250,8 @@ def _prepare_stretches(
             for part, (_, scored) in zip(parts, row, strict=True):
                 tokens += part
                 marks += part if scored else [NOT_SCORED] * len(part)
-            tokens, marks = [*tokens, *end], [*marks, *end]
+            tokens += end
+            marks += end
             marks[:1] = [NOT_SCORED] * len(marks[:1])  # nothing predicts a first token
             if all(mark == NOT_SCORED for mark in marks[:length]):
                 dropped += 1

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from .. import data
-from ..measure import Measurements, Outcomes, mean_of, measure
+from ..measure import Measurements, Outcomes, mean_of, measure, moved
 from ..recipe import Recipe, passes
 from ..run_folder import write_text
 from .choices import first_named, most_likely
@@ -66,10 +66,9 @@ class Examination:
         """The same, knowing what the base model knew before anything was attached to it; the base stays where it is."""
         if self.corpus is None:
             return self
-        home, stays = base.device, getattr(base, "hf_quantizer", None) is not None  # loaded where it is to run
-        corpus = self.corpus.begun_with(base if stays else base.to(device), **self._how)
-        if not stays:
-            base.to(home)
+        home = base.device
+        corpus = self.corpus.begun_with(moved(base, device), **self._how)
+        moved(base, home)
         return dataclasses.replace(self, corpus=corpus)
 
     @property
