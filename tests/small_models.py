@@ -9,6 +9,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
 )
 
 
@@ -44,6 +46,24 @@ def bert(seed: int = 0) -> BertForSequenceClassification:
         vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, num_labels=3
     )
     return BertForSequenceClassification(config).eval()
+
+
+def mixtral(seed: int = 0, experts: int = 4) -> MixtralForCausalLM:
+    """Width 16, 2 layers of experts (12 wide) of which a token goes to two; their weights are parameters (E, M, N)."""
+    torch.manual_seed(seed)
+    config = MixtralConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=experts,
+        num_experts_per_tok=2,
+        pad_token_id=0,
+    )
+    return MixtralForCausalLM(config).eval()
 
 
 def tokens(rows: int = 2, length: int = 12, seed: int = 1) -> torch.Tensor:

@@ -183,6 +183,46 @@ def test_padding_is_no_token():
         np.testing.assert_allclose(one.singular_values, other.singular_values, atol=1e-5 * other.singular_values[0])
 
 
+def test_padding_is_no_token_of_an_expert():
+    config = beyondlora.CeraConfig(
+        r=4, target_modules=["q_proj"], target_parameters=["experts.down_proj"], init_lora_weights=False
+    )
+    model = get_peft_model(small_models.mixtral(), config)
+    ids, mask = small_models.tokens(3, 12), torch.ones(3, 12, dtype=torch.long)
+    mask[1, 7:], mask[2, :4] = 0, 0
+    padded = profile(model, [{"input_ids": ids, "attention_mask": mask, "labels": ids}])
+    apart = profile(model, [{"input_ids": row} for row in (ids[:1], ids[1:2, :7], ids[2:, 4:])])
+    of_experts = [layer.tokens for layer in padded if "experts" in layer.name and "layers.0" in layer.name]
+    assert len(of_experts) == 4
+    assert sum(of_experts) == 2 * (12 + 7 + 8)
+    for one, other in zip(padded, apart, strict=True):
+        assert one.tokens == other.tokens
+        np.testing.assert_allclose(one.singular_values, other.singular_values, atol=1e-5 * other.singular_values[0])
+
+
+def test_pefts_lora_of_experts_is_followed_by_what_it_changes():
+    config = LoraConfig(r=4, target_modules=[], target_parameters=["experts.gate_up_proj", "experts.down_proj"])
+    model = get_peft_model(small_models.mixtral(), config).eval()
+    for name, weight in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(weight, std=0.3)
+    found = {layer.name: layer for layer in profile(model, batches())}
+    assert sorted(found) == [
+        f"model.layers.{i}.mlp.experts.{name}" for i in (0, 1) for name in ("down_proj", "gate_up_proj")
+    ]
+    outputs = []
+    experts = model.get_submodule("base_model.model.model.layers.1.mlp.experts")
+    handle = experts.register_forward_hook(lambda *call: outputs.append(call[2]))
+    for scaling in (1, 0):
+        experts.scaling["default"] *= scaling
+        with torch.no_grad():
+            for batch in batches():
+                model(**batch)
+    handle.remove()
+    half = len(outputs) // 2
+    agrees(found["model.layers.1.mlp.experts.down_proj"], torch.cat(outputs[:half]) - torch.cat(outputs[half:]), 1e-4)
+
+
 def test_max_tokens_takes_the_first_ones_and_stops():
     model, asked = lora(), []
 

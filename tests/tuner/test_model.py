@@ -3,7 +3,6 @@
 import copy
 import json
 import pickle
-import warnings
 
 import pytest
 import small_models
@@ -17,8 +16,6 @@ from transformers import (
     JambaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
 )
 from transformers.models.mamba.modeling_mamba import MambaMixer
 
@@ -513,26 +510,6 @@ def test_a_state_space_model_that_calls_its_projection_keeps_its_adapter():
     assert layers(get_peft_model(JambaForCausalLM(config), CeraConfig(r=2, target_modules=["out_proj", "x_proj"])))
     with pytest.raises(ValueError, match=r"dt_proj: JambaMambaMixer reads"):
         get_peft_model(JambaForCausalLM(config), CeraConfig(r=2, target_modules=["dt_proj"]))
-
-
-@pytest.mark.parametrize(("targets", "warned"), [("all-linear", 1), (["q_proj", "w1"], 1), (["q_proj", "v_proj"], 0)])
-def test_experts_that_get_no_adapter_are_told(targets, warned):
-    config = MixtralConfig(
-        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, num_local_experts=3,
-    )  # fmt: skip
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        get_peft_model(MixtralForCausalLM(config), StellaConfig(r=2, target_modules=targets))
-    told = [str(warning.message) for warning in said if "experts are no layers" in str(warning.message)]
-    assert len(told) == warned
-    assert all("gate_up_proj" in sentence for sentence in told)
-
-
-def test_a_config_that_counts_experts_layer_by_layer_is_taken():
-    base = small_models.llama()
-    base.config.num_experts = [2, 4]
-    assert layers(get_peft_model(base, StellaConfig(r=2, target_modules="all-linear")))
 
 
 @pytest.mark.parametrize(

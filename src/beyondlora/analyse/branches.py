@@ -8,12 +8,13 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter
 from ..manifold.linear import StiefelLinear
+from ..tuner.experts import expert_shape, is_experts
 from ..tuner.layer import AdapterLayer
 
 # The factor of a whole output is M×M in float64: 128 MiB at this width, and some 0.5 TFLOP for 16k tokens.
@@ -101,6 +102,10 @@ def _branch(name: str, layer: Any) -> Branch | Whole:
         )
     if isinstance(layer, AdapterLayer):
         return _ours(name, layer.adapters[active[0]])
+    if isinstance(layer, ParamWrapper):  # PEFT's LoRA of a mixture's experts computes other weights, no branch
+        experts = layer.get_base_layer()
+        width = expert_shape(experts, "down_proj")[0] if is_experts(experts) else _width(name, layer)
+        return Whole(f"{name.replace('.base_layer', '')}.{layer.parameter_name}", layer, width)
     if isinstance(layer, LoraLayer) and active[0] in layer.lora_A and active[0] not in layer.lora_variant:
         down, up = layer.lora_A[active[0]], layer.lora_B[active[0]]
         if isinstance(down, nn.Linear) and isinstance(up, nn.Linear):

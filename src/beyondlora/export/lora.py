@@ -173,6 +173,15 @@ def check_config(config: Any, *, distilling: bool) -> None:
             f"This adapter trains more than a LoRA holds ({', '.join(held)}), which servers refuse or drop silently. "
             "Export the model merged: beyondlora export ADAPTER --to merged."
         )
+    if config.target_parameters:
+        raise ValueError(
+            "This adapter stands beside a mixture's experts, whose LoRA every server reads in another form, if at all. "
+            + (
+                "It cannot be merged either: run it with PEFT, or train one with target_parameters=[]."
+                if config.merge_refusal
+                else "Export the model merged: beyondlora export ADAPTER --to merged."
+            )
+        )
     if config.merge_refusal and not distilling:
         raise ValueError(config.merge_refusal)
 

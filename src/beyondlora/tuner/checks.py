@@ -10,9 +10,9 @@ from torch import nn
 
 from ..targets import fits
 from .base_layers import bare, is_supported, layer_problem
+from .experts import holders, parameter_problem
 
 HEADS = {"classifier", "score", "qa_outputs"}  # what PEFT itself adds to modules_to_save, there or not
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # what configs call their number
 NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
 OF_EXPERTS = {"gate_up_proj", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 
@@ -67,31 +67,42 @@ def _is_read(name: str, parent: nn.Module) -> bool:
 
 
 def warn_of_experts(config: Any, model: nn.Module) -> None:
-    """transformers holds the weights of all experts in one parameter: there is no layer for an adapter beside it."""
-    about: Any = getattr(model, "config", None)
-    about = about.get_text_config() if hasattr(about, "get_text_config") else about
-    counts = [count for name in EXPERTS if isinstance(count := getattr(about, name, None), int)]
-    left_out = [n for n, weight in model.named_parameters() if weight.dim() == 3 and weight.shape[0] in counts]
+    """Where targets sound like experts' layers, say that transformers holds those in parameters."""
     targets = config.target_modules or ()
     if isinstance(targets, str):
         wanted = targets.lower() == "all-linear"
     else:
         wanted = any(name.rpartition(".")[2] in OF_EXPERTS for name in targets)
-    if left_out and wanted:
+    if config.target_parameters is not None or not wanted:
+        return
+    if left_out := _expert_parameters(model):
+        found = holders(model, {*left_out}.__contains__)
+        able = not any(parameter_problem(name, *held) for name, held in found.items())
+        help_text = f" target_parameters={_ends(left_out)} gives them one; [] keeps them so, without this warning."
         warnings.warn(
             f"This model's experts are no layers but parameters, as {left_out[0]}, and get no adapter: they stay "
-            "frozen. PEFT's LoRA adapts them (target_parameters), so beside it this adapter has fewer layers.",
+            f"frozen.{help_text if able else ''}",
             stacklevel=2,
         )
+
+
+def refuse_no_parameter(config: Any, model: nn.Module) -> None:
+    """Say why target parameters fit none, and name those that can be meant. Raises: ValueError."""
+    targets, there = sorted(config.target_parameters), _expert_parameters(model)
+    if meant := [name for name, _ in model.named_parameters() if fits(name, targets)]:
+        raise ValueError(
+            f"target_parameters {targets} name {len(meant)} parameters ({meant[0]}, …), and {_narrowed(config)} leaves "
+            "none of them."
+        )
+    hint = f"Those of its experts: {_ends(there)}." if there else "It has no experts."
+    raise ValueError(f"Target parameters {targets} not found in the base model {type(model).__name__}. {hint}")
 
 
 def refuse_unmatched(config: Any, model: nn.Module) -> None:
     """Say why target modules fit no layer, and name the layers that may have been meant. Raises: ValueError."""
     targets, names = sorted(config.target_modules), [name for name, _ in model.named_modules() if name]
     meant = [name for name in names if fits(name, targets)]
-    options = {name: value for name in NARROWING if (value := getattr(config, name)) is not None}
-    if meant and options:
-        told = ", ".join(f"{name}={value!r}" for name, value in options.items())
+    if meant and (told := _narrowed(config)):
         raise ValueError(
             f"No layer is left to adapt: target_modules {targets} name {len(meant)} modules ({meant[0]}, …), "
             f"and {told} leaves none of them."
@@ -100,6 +111,23 @@ def refuse_unmatched(config: Any, model: nn.Module) -> None:
     near = {match for target in targets for match in difflib.get_close_matches(target.rpartition(".")[2], leaves)}
     hint = f"Did you mean {sorted(near)}?" if near else f"Layers that can be adapted: {sorted(leaves)}."
     raise ValueError(f"Target modules {targets} not found in the base model {type(model).__name__}. {hint}")
+
+
+def _expert_parameters(model: nn.Module) -> list[str]:
+    return [
+        name for name, weight in model.named_parameters() if weight.dim() == 3 and name.rpartition(".")[2] in OF_EXPERTS
+    ]
+
+
+def _ends(names: list[str]) -> list[str]:
+    """The last two parts of each name."""
+    return sorted({".".join(name.split(".")[-2:]) for name in names})
+
+
+def _narrowed(config: Any) -> str:
+    """The options that leave layers out, as they are set."""
+    options = {name: value for name in NARROWING if (value := getattr(config, name)) is not None}
+    return ", ".join(f"{name}={value!r}" for name, value in options.items())
 
 
 def joined(problems: list[str], limit: int = 5) -> str:

@@ -67,6 +67,11 @@ class AdapterConfig(PeftConfig):
         "Default: the architecture's LoRA targets.",
         default=None,
     )
+    target_parameters: list[str] | None = option(
+        "Names (or ends of names) of the parameters that hold a mixture's experts, as "
+        "['experts.gate_up_proj', 'experts.down_proj']; each expert gets an adapter of its own.",
+        default=None,
+    )
     exclude_modules: list[str] | set[str] | str | None = option(
         "Names, or a regular expression, of layers to leave alone.", default=None
     )

@@ -18,6 +18,7 @@ from ..adapters.adapter import Adapter
 from ..adapters.brief import call, is_brief
 from ..adapters.fused import has_hooks
 from .base_layers import as_matrix, as_weight, matrix_shape
+from .experts import ExpertLinear
 from .mixed_batch import check_rows, rows_by_adapter
 from .packing import refuse_packed
 
@@ -74,6 +75,14 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         refuse_packed(self.get_base_layer())
         weight: Tensor = super().get_base_weight()
         return weight
+
+    def set_base_weight(self, weight_data: Tensor) -> None:
+        """Put other numbers in the place of the base layer's weight."""
+        base = self.get_base_layer()
+        if isinstance(base, ExpertLinear):
+            base.write(weight_data)
+        else:
+            super().set_base_weight(weight_data)
 
     def weight_matrix(self) -> Tensor:
         """The base weight W0 as (out, in), dequantised where need be."""
@@ -168,6 +177,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether the adapter is exactly a linear layer's weight update, which PEFT's `convert_to_lora` factorises."""
         adapter = self.adapters[adapter_name]
+        if isinstance(self.get_base_layer(), ExpertLinear):
+            return False  # PEFT's LoRA has another form beside experts
         return adapter.reading is None and not (adapter.merge_refusal or adapter.merge_warning)
 
     def _base(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

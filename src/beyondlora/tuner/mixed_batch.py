@@ -17,24 +17,24 @@ BASE = "__base__"
 
 @contextmanager
 def handing_out(
-    model: nn.Module, names: Sequence[str], *, layer_type: type[nn.Module], beams: int = 1
+    model: nn.Module, names: Sequence[str], *, layers: Sequence[nn.Module], beams: int = 1
 ) -> Iterator[None]:
     """Give every row its adapter's name, in all layers of a model, until the context ends, also by an exception.
 
     Args:
         names: of each input row, an adapter or "__base__".
-        layer_type: the layers that act by it, besides PEFT's wrappers (`modules_to_save`, trainable tokens).
+        layers: those that act by it, besides PEFT's wrappers (`modules_to_save`, trainable tokens).
         beams: how often a beam search repeats each row, in all but the encoder of an encoder-decoder model.
     """
     encoder = _encoder(model)
     in_encoder = set() if encoder is None else set(encoder.modules())
     repeated = [name for name in names for _ in range(beams)]
     handles: list[RemovableHandle] = []
+    wrappers = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
     try:
-        for module in model.modules():
-            if isinstance(module, (layer_type, AuxiliaryTrainingWrapper)):
-                own = list(names) if module in in_encoder else repeated
-                handles.append(module.register_forward_pre_hook(_passing(own), with_kwargs=True))
+        for module in (*layers, *wrappers):
+            own = list(names) if module in in_encoder else repeated
+            handles.append(module.register_forward_pre_hook(_passing(own), with_kwargs=True))
         yield
     finally:
         for handle in handles:

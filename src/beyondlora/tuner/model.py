@@ -1,6 +1,7 @@
 """AdapterModel: puts adapters beside the layers of a base model, for every method."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,9 +14,28 @@ from torch import nn
 
 from ..manifold.guard import check_manifold, check_state, unwrapped
 from .base_layers import CONVOLUTIONS, bare, matrix_shape, reading_of
-from .checks import check_modules_to_save, joined, refuse_unmatched, target_problem, warn_of_experts
+from .checks import (
+    check_modules_to_save,
+    joined,
+    refuse_no_parameter,
+    refuse_unmatched,
+    target_problem,
+    warn_of_experts,
+)
 from .combine import check_combination, combine, combined_config
 from .config import AdapterConfig, LayerSpec
+from .experts import (
+    ExpertLinear,
+    OpenExperts,
+    close_experts,
+    expert_shape,
+    holders,
+    layer_names,
+    match,
+    match_parameter,
+    open_experts,
+    parameter_problem,
+)
 from .layer import AdapterLayer
 from .mixed_batch import check_names, handing_out
 from .packing import keep_unpacked, refuse_packed
@@ -37,18 +57,49 @@ class AdapterModel(BaseTuner):
         warn_of_experts(peft_config, model)
         _include_all_linear(peft_config, model)
         targets = self._targets(peft_config, model)
-        if not targets and isinstance(peft_config.target_modules, (set, list)):
+        parameters = holders(model, functools.partial(match_parameter, peft_config))
+        if peft_config.target_parameters and not parameters:
+            refuse_no_parameter(peft_config, model)
+        if not targets and not parameters and isinstance(peft_config.target_modules, (set, list)):
             refuse_unmatched(peft_config, model)
-        problems = [
-            problem
+        found = [
+            target_problem(name, module, model) or self._unbuildable(peft_config, name, *matrix_shape(bare(module)))
             for name, module in targets.items()
-            if (problem := target_problem(name, module, model) or self._unbuildable(peft_config, name, module))
         ]
+        for name, (holder, key) in parameters.items():
+            found.append(parameter_problem(name, holder, key))
+            if found[-1] is None:
+                shape = expert_shape(holder, key)
+                found += [self._unbuildable(peft_config, layer, *shape) for layer in layer_names(name, holder)]
+        problems = [problem for problem in found if problem]
         if problems:
             raise ValueError(joined(problems))
         for module in () if peft_config.inference_mode else model.modules():
             refuse_packed(module, "no gradient passes through it, so nothing before it would learn")
         keep_unpacked(model)
+        for holder, _ in parameters.values():
+            open_experts(holder)
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
+        """PEFT's: an architecture's default targets. One that has none may be meant by its experts alone."""
+        unknown = model_config["model_type"] not in self.target_module_mapping
+        if peft_config.target_modules is None and peft_config.target_parameters and unknown:
+            peft_config.target_modules = set()
+        return super()._prepare_adapter_config(peft_config, model_config)
+
+    def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
+        """PEFT's rule; experts are meant by `target_parameters` alone."""
+        answer = match(peft_config, key, self.model)
+        return super()._check_target_module_exists(peft_config, key) if answer is None else answer
+
+    def _inject_parameters(self, peft_config: Any, model: nn.Module, *_: Any, **__: Any) -> list[str]:
+        """The parameters that are meant; their layers have been given adapters as all layers are."""
+        return list(holders(model, functools.partial(match_parameter, peft_config)))
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        base: Any = super()._unload_and_optionally_merge(*args, **kwargs)
+        close_experts(base)
+        return base
 
     def _targets(self, peft_config: AdapterConfig, model: nn.Module) -> dict[str, nn.Module]:
         tuner_layers = tuple(name + "." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
@@ -58,9 +109,9 @@ class AdapterModel(BaseTuner):
             if name and not name.startswith(tuner_layers) and self._check_target_module_exists(peft_config, name)
         }
 
-    def _unbuildable(self, config: AdapterConfig, name: str, module: nn.Module) -> str | None:
+    def _unbuildable(self, config: AdapterConfig, name: str, out_features: int, in_features: int) -> str | None:
         rank = _pattern_value(config.rank_pattern, name, config.r)
-        problem = config.layer_problem(rank, *matrix_shape(bare(module)))
+        problem = config.layer_problem(rank, out_features, in_features)
         return problem and f"{name}: {problem}"
 
     def _create_and_replace(
@@ -169,7 +220,9 @@ class AdapterModel(BaseTuner):
             )
         layers = [module for module in self.modules() if isinstance(module, AdapterLayer)]
         check_names(names, {name for layer in layers for name in layer.adapters})
-        with handing_out(self, names, layer_type=AdapterLayer, beams=kwargs.get("num_beams") or 1):
+        acting: list[nn.Module] = [module for module in self.modules() if isinstance(module, OpenExperts)]
+        acting += [layer for layer in layers if not isinstance(layer.get_base_layer(), ExpertLinear)]
+        with handing_out(self, names, layers=acting, beams=kwargs.get("num_beams") or 1):
             yield
 
 
@@ -178,7 +231,7 @@ def _include_all_linear(config: Any, model: nn.Module) -> None:
     before = config.target_modules
     _maybe_include_all_linear_layers(config, model)
     if config.target_modules != before:
-        others = (nn.Embedding, *CONVOLUTIONS)
+        others = (nn.Embedding, ExpertLinear, *CONVOLUTIONS)
         config.target_modules = {
             name for name in config.target_modules if not isinstance(bare(model.get_submodule(name)), others)
         }

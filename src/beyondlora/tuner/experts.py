@@ -1,0 +1,268 @@
+"""Experts: a layer for each projection of each expert, where a model holds the weights of all of them in one parameter.
+
+A mixture of transformers 5 keeps (E, M, N) arrays and multiplies by slices of them: there is no layer beside which an
+adapter could stand. `open_experts` gives such a module a child for each expert, with a linear layer for each of its
+projections: `experts.7.down_proj`. Its weight is a view of the array, so nothing is copied, and the base model's state
+dict keeps its names. `close_experts` takes the children away. Every method, check and file then works as beside any
+other linear layer.
+
+Legend: E experts, T tokens, K experts of a token, S = T · K pairs, N inputs, M outputs.
+"""
+
+import copy
+import functools
+import itertools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, check_target_module_exists
+from torch import Tensor, nn
+
+from .base_layers import bare
+
+PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
+# What transformers' decorator for experts says of their form; a class without it computes in a way of its own.
+FORM = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "_apply_gate")
+_KEY = re.compile(rf"(.+)\.(\d+)\.({'|'.join(PROJECTIONS)})")
+
+
+class ExpertLinear(nn.Linear):
+    """One projection of one expert: a linear layer without parameters, whose weight is a slice of all experts'.
+
+    Args:
+        experts: the module that holds the parameters.
+        name: of the projection.
+        index: of the expert.
+    """
+
+    def __init__(self, experts: Any, name: str, index: int) -> None:
+        nn.Module.__init__(self)
+        self.name, self.index = name, index
+        self._experts = (experts,)  # in a tuple: it is no child
+        self.out_features, self.in_features = self.weight.shape
+
+    @property
+    def experts(self) -> Any:
+        """The module that holds the parameters."""
+        return self._experts[0]
+
+    def belong_to(self, experts: nn.Module) -> None:
+        """Take the weights of this module from now on: a replica of the first, such as `nn.DataParallel`'s."""
+        if self._experts[0] is not experts:
+            self._experts = (experts,)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """W0 (M, N), a view."""
+        weight: Tensor = getattr(self.experts, self.name)[self.index]
+        return weight.mT if self.experts.is_transposed else weight
+
+    @property
+    def bias(self) -> Tensor | None:  # type: ignore[override]
+        """b (M,), a view, where the experts have biases."""
+        return getattr(self.experts, f"{self.name}_bias")[self.index] if self.experts.has_bias else None
+
+    @torch.no_grad()
+    def write(self, weight_MN: Tensor) -> None:
+        """Write other numbers into the parameter."""
+        self.weight.copy_(weight_MN)
+
+
+class OpenExperts(nn.Module):
+    """What `open_experts` puts before the class of the experts: their computation through the children."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        *,
+        adapter_names: list[str] | None = None,
+    ) -> Tensor:
+        """Σ over a token's experts of weight · expert(token), (T, N).
+
+        Args:
+            hidden_states: (T, N).
+            top_k_index, top_k_weights: (T, K), which experts, and what they count for.
+            adapter_names: of each row of the batch, whose tokens lie side by side, the one adapter to use.
+        """
+        if adapter_names is None and self._is_whole():
+            whole: Tensor = super().forward(hidden_states, top_k_index, top_k_weights)
+            return whole
+        me: Any = self
+        expert_S, order_S = top_k_index.flatten().sort(stable=True)
+        counts = torch.bincount(expert_S, minlength=count_of(self)).tolist()
+        rows = hidden_states[order_S // top_k_index.shape[-1]].split(counts)
+        names: Any = [None] * len(rows)
+        if adapter_names is not None:
+            names = _by_pair(adapter_names, order_S, counts)
+        # In training an expert without tokens is called, too: it has a gradient then, zero, on every process alike.
+        some = self.training or torch.is_grad_enabled()
+        y_SN = torch.cat([self._expert(e, x, names[e]) for e, x in enumerate(rows) if len(x) or some])
+        if me.has_post_expert_norm:
+            y_SN = me.post_expert_norm(y_SN)
+        y_SN = y_SN * top_k_weights.flatten()[order_S, None]
+        back_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S), device=order_S.device))
+        return y_SN[back_S].unflatten(0, top_k_index.shape).sum(1).to(hidden_states.dtype)
+
+    def _expert(self, index: int, x: Tensor, names: list[str] | None) -> Tensor:
+        me: Any = self
+        layers: Any = self._modules[str(index)]
+        for layer in layers.values():
+            linear: Any = bare(layer)
+            linear.belong_to(self)
+        up, down = (functools.partial(_called, layer, names) for layer in layers.values())
+        hidden = up(x)
+        return down(me._apply_gate(hidden) if me.has_gate else me.act_fn(hidden))
+
+    def _is_whole(self) -> bool:
+        """Whether the parameters say all there is to say: no child has an adapter, but for merged ones."""
+        children = (layer for index in range(count_of(self)) for layer in self.get_submodule(str(index)).children())
+        return all(
+            not isinstance(layer, BaseTunerLayer) or (layer.merged and not layer.disable_adapters) for layer in children
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _empty, (closed_class(self),), self.__dict__.copy()
+
+
+def _called(layer: nn.Module, names: list[str] | None, x: Tensor) -> Tensor:
+    y: Tensor = layer(x, adapter_names=names) if names is not None and isinstance(layer, BaseTunerLayer) else layer(x)
+    return y
+
+
+def _by_pair(names: list[str], order_S: Tensor, counts: list[int]) -> list[list[str]]:
+    """Of each expert, the adapters of the rows that its pairs come from."""
+    each = len(order_S) // len(names)
+    ends = list(itertools.accumulate(counts))
+    of_pairs = [names[pair // each] for pair in order_S.tolist()]
+    return [of_pairs[end - count : end] for end, count in zip(ends, counts, strict=True)]
+
+
+def _empty(kind: type) -> nn.Module:
+    """An open module without content, for pickle and deepcopy to fill."""
+    module: nn.Module = object.__new__(_open_class(kind))
+    return module
+
+
+@functools.cache
+def _open_class(kind: type) -> type:
+    return type(f"Open{kind.__name__}", (OpenExperts, kind), {"__module__": kind.__module__})
+
+
+def closed_class(experts: nn.Module) -> type:
+    """The class of the experts, opened or not."""
+    kind = type(experts)
+    return kind.__mro__[2] if isinstance(experts, OpenExperts) else kind
+
+
+def count_of(experts: Any) -> int:
+    """E."""
+    return len(experts.down_proj)
+
+
+def projections_of(experts: Any) -> tuple[str, str]:
+    """The names of the two projections of each expert: up and down."""
+    return ("gate_up_proj" if experts.has_gate else "up_proj", "down_proj")
+
+
+def open_experts(experts: nn.Module) -> None:
+    """Give experts children that are layers; nothing is done where they have them."""
+    if isinstance(experts, OpenExperts):
+        return
+    for index in range(count_of(experts)):
+        layers = {name: ExpertLinear(experts, name, index) for name in projections_of(experts)}
+        experts.add_module(str(index), nn.ModuleDict(layers).train(experts.training))
+    kind: Any = type(experts)
+    experts.__class__ = _open_class(kind)
+
+
+def close_experts(model: nn.Module) -> None:
+    """Make the experts of a model what they were, without what is beside their layers."""
+    for experts in list(model.modules()):
+        if isinstance(experts, OpenExperts):
+            for index in range(count_of(experts)):
+                delattr(experts, str(index))
+            experts.__class__ = closed_class(experts)
+
+
+def parameter_of(key: str, model: nn.Module) -> str | None:
+    """The parameter that a layer of an expert is a slice of, by name; None where it is another layer."""
+    found = _KEY.fullmatch(key)
+    if found is None or not isinstance(model.get_submodule(found[1]), OpenExperts):
+        return None
+    return f"{found[1]}.{found[3]}"
+
+
+def layer_names(parameter: str, experts: nn.Module) -> list[str]:
+    """The names of the layers that are slices of a parameter, once the experts that hold it are open."""
+    holder, _, key = parameter.rpartition(".")
+    return [f"{holder}.{index}.{key}" for index in range(count_of(experts))]
+
+
+def match(config: Any, key: str, model: nn.Module) -> Any:
+    """PEFT's answer whether a config's `target_parameters` mean a module; None where it is no expert's.
+
+    What is meant is an expert's layer, for the parameter that it is a slice of. Closed experts are excluded where a
+    parameter of theirs is: PEFT wants to know of every exclusion.
+    """
+    if (parameter := parameter_of(key, model)) is not None:
+        return match_parameter(config, parameter)
+    if config.target_parameters and config.exclude_modules and is_experts(model.get_submodule(key)):
+        answers = [match_parameter(config, f"{key}.{name}") for name in PROJECTIONS]
+        return next((answer for answer in answers if isinstance(answer, _ExcludedModule)), None)
+    return None
+
+
+def match_parameter(config: Any, parameter: str) -> Any:
+    """PEFT's answer whether `target_parameters`, with the exclusions and the choice of layers, mean a parameter."""
+    if not config.target_parameters:
+        return False
+    as_modules = copy.copy(config)
+    as_modules.target_modules = config.target_parameters
+    return check_target_module_exists(as_modules, parameter)
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether a module computes as transformers' experts do."""
+    return all(hasattr(module, sign) for sign in FORM)
+
+
+def holders(model: nn.Module, wanted: Callable[[str], bool]) -> dict[str, tuple[nn.Module, str]]:
+    """The parameters of a model's modules that are wanted, by name: the module that holds it, and its name there."""
+    return {
+        f"{name}.{key}": (module, key)
+        for name, module in model.named_modules()
+        for key, _ in module.named_parameters(recurse=False)
+        if name and wanted(f"{name}.{key}")
+    }
+
+
+def expert_shape(experts: Any, name: str) -> tuple[int, int]:
+    """(M, N) of a projection of one expert."""
+    rows, columns = getattr(experts, name).shape[1:]
+    return (columns, rows) if experts.is_transposed else (rows, columns)
+
+
+def parameter_problem(name: str, holder: nn.Module, key: str) -> str | None:
+    """Why a parameter cannot be adapted, by its name and its name in its holder; None where it can."""
+    experts: Any = holder
+    if not is_experts(holder):
+        return (
+            f"{name}: {type(holder).__name__} does not compute as transformers' experts do, so there is no saying "
+            "where its parameters meet their input. Leave it out of target_parameters; layers are named in "
+            "target_modules."
+        )
+    if key not in projections_of(experts):
+        return f"{name}: experts are adapted at {' and '.join(projections_of(experts))}; leave it out."
+    if experts._is_expert_parallel or hasattr(holder, "_hf_tp_plan"):
+        return (
+            f"{name}: the experts are split over devices, by expert or tensor parallelism. Shard the model with FSDP2 "
+            "or DDP instead (accelerate launch)."
+        )
+    weight = experts._parameters[key]
+    if not weight.is_floating_point() or weight.element_size() < 2:
+        return f"{name}: its numbers are packed. Load the model in bfloat16 or float32."
+    return None
