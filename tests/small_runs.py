@@ -11,7 +11,7 @@ from pathlib import Path
 import small_models
 from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from beyondlora.recipe import Recipe
 
@@ -26,9 +26,9 @@ ADAPTERS = {
 }
 
 
-def base(folder: Path) -> Path:
-    """Save the small Llama and its tokenizer."""
-    small_models.llama().save_pretrained(folder)
+def base(folder: Path, model: PreTrainedModel | None = None) -> Path:
+    """Save the small Llama, or another model of 64 tokens, and its tokenizer."""
+    (model or small_models.llama()).save_pretrained(folder)
     vocabulary = {token: number for number, token in enumerate([*SPECIAL, *LETTERS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")

@@ -1,6 +1,7 @@
 """`accelerate launch`: two processes, on one machine or on two, train a recipe to what one process makes of it."""
 
 import pytest
+import small_models
 import small_runs
 import torch
 from accelerated import launch
@@ -29,3 +30,20 @@ def test_two_processes_train_a_recipe_as_one_does(machines, house, tmp_path):
         torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-5)  # float32 means of halves, through Adam
     mine, theirs = (small_runs.rows(tmp_path / run) for run in ("one", "two"))
     assert [row["step"] for row in mine] == [row["step"] for row in theirs]  # one process of the two keeps the record
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["cera", "stella"])
+def test_experts_of_which_few_have_tokens_train_alike(method, house, tmp_path):
+    model = small_runs.base(tmp_path / "mixture", small_models.mixtral(experts=24))
+    experts = {"lora_dropout": 0.0, "target_modules": [], "target_parameters": ["down_proj"]}
+    options = {"adapter": small_runs.ADAPTERS[method] | experts, "max_steps": 4, "max_length": 6}
+    options["model_name_or_path"] = str(model)
+    half = small_runs.recipe(house, **options, per_device_train_batch_size=1, output_dir=str(tmp_path / "two"))
+    (tmp_path / "recipe.yaml").write_text(half.to_yaml(), encoding="utf-8")
+    for code, said in launch(ONE_MACHINE, tmp_path / "recipe.yaml", tmp_path / "home"):
+        assert code == 0, said
+    train(small_runs.recipe(house, **options, per_device_train_batch_size=2, output_dir=str(tmp_path / "one")))
+    one, two = (small_runs.weights(tmp_path / run / "adapter") for run in ("one", "two"))
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-5)

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_models
 import small_runs
 import torch
 from accelerated import TESTS, launch
@@ -66,6 +67,19 @@ def test_killed_and_resumed_the_shards_come_to_what_one_process_makes_of_it(hous
     assert "Resuming from step" in said
     assert "Stiefel" not in said
     train(one)
+    assert_the_same(tmp_path)
+
+
+def test_experts_that_are_a_parameter_train_in_shards(house, tmp_path):
+    model = small_runs.base(tmp_path / "mixture", small_models.mixtral())
+    experts = ["experts.gate_up_proj", "experts.down_proj"]
+    adapter = METHODS["stella"] | {"target_modules": ["q_proj"], "target_parameters": experts}
+    one, two = recipes(house, tmp_path, adapter=adapter, max_steps=6, model_name_or_path=str(model))
+    code, said = launch_shards(two, tmp_path)
+    assert code == 0, said
+    assert "Stiefel" not in said
+    train(one)
+    assert len(small_runs.weights(tmp_path / "two" / "adapter")) == 3 * 2 * (1 + 2 * 4)
     assert_the_same(tmp_path)
 
 

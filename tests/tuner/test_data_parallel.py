@@ -3,8 +3,9 @@
 import collections
 
 import pytest
+import small_models
 import torch
-from methods import METHODS, every_method
+from methods import METHODS, every_method, one_of_each_paper
 from peft import get_peft_model
 from torch import nn
 from torch.nn.utils import parametrize
@@ -119,3 +120,18 @@ def test_a_bias_that_is_made_from_another_is_added(method, gradients):
     parametrize.register_parametrization(last.base_layer, "bias", Doubled()).requires_grad_(False)
     with torch.set_grad_enabled(gradients):
         assert torch.allclose(model(x), expected + bias, atol=1e-6)
+
+
+@one_of_each_paper
+def test_replicas_of_experts_compute_with_their_own_weights(method):
+    config = method.config(target_modules=[], target_parameters=["experts.down_proj"], init_lora_weights=False)
+    model, ids = get_peft_model(small_models.mixtral(), config).eval(), small_models.tokens()
+    expected = model(ids).logits
+    replicas = replicate(model, 2)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "experts" in name and "layers.0" in name:
+                weight.zero_()
+    for replica in replicas:
+        torch.testing.assert_close(replica(ids).logits, expected)
+    assert not torch.allclose(model(ids).logits, expected)
