@@ -55,6 +55,7 @@ gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu
 	$(call TIME,riemannian_step.py,--layers 32 --share,riemannian-step)
 	$(call TIME,branch.py,--dtype bfloat16 --layers 4096x4096 4096x14336 --ranks 16 32 --tokens 4096,branch)
+	$(call TIME,experts.py,--dtype bfloat16 --layers 2048x768x128x8 --ranks 16 --tokens 8192,experts)
 	$(call TIME,model_step.py,--model 1b --dtype bfloat16 --rank 32 --tokens 4096 --length 1024,model-step)
 	$(call TIME,decode.py,--model 1b --dtype bfloat16 --rank 32 --rounds 9,decode)
 	$(call TIME,nonlinear_layer.py,--compiled,nonlinear-layer)

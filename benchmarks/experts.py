@@ -78,7 +78,7 @@ def rows(shape: list[int], rank: int, tokens: int, arguments: argparse.Namespace
     device, dtype = arguments.device, getattr(torch, arguments.dtype)
     hidden, intermediate, count, chosen = shape
     config = Qwen3MoeConfig(hidden_size=hidden, moe_intermediate_size=intermediate, num_experts=count)
-    config._experts_implementation = "grouped_mm"
+    config._experts_implementation = arguments.computed_by
     with torch.device(device):
         experts = Qwen3MoeExperts(config).to(dtype).requires_grad_(False)
         for weight in experts.parameters():
@@ -113,6 +113,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[8])
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048])
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the frozen experts")
+    parser.add_argument("--computed-by", default="grouped_mm", help="transformers' experts_implementation")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -123,7 +124,7 @@ def main() -> None:
         f"{machine(arguments.device)}.",
         "",
         "PEFT's LoRA computes W + B A of all experts in every forward; the three methods pass each expert's tokens",
-        "beside its own weight. Time is the median over the rounds of time / LoRA's time in the same round (quartiles),",
+        "beside its own weight. Time is the median over the rounds of time / LoRA's in the same round (quartiles),",
         "memory the peak of tensor bytes during the step beyond weights, input and upstream gradient.",
         "",
         "| hidden, intermediate | experts | r | tokens | method | time / LoRA | ms | memory / LoRA | MiB |",

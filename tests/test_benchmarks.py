@@ -11,12 +11,13 @@ import torch
 
 TINY = {
     "branch": ["--layers", "8x12", "--ranks", "2", "--tokens", "16"],
+    "experts": ["--layers", "8x4x3x2", "--ranks", "2", "--tokens", "16", "--computed-by", "eager"],
     "model_step": ["--layers", "1", "--rank", "2", "--tokens", "8", "--length", "4"],
     "decode": ["--rank", "2", "--new", "2"],
     "nonlinear_layer": [],
     "riemannian_step": ["--rank", "2", "--layers", "1", "--share"],
 }
-ROWS = {"branch": 9, "model_step": 9, "decode": 18, "nonlinear_layer": 8, "riemannian_step": 1}
+ROWS = {"branch": 9, "experts": 6, "model_step": 9, "decode": 18, "nonlinear_layer": 8, "riemannian_step": 1}
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +49,7 @@ def test_an_accelerator_does_all_of_it_and_is_waited_for(
 ) -> None:
     pretend.waits.clear()
     with pretend.standing_for("cuda"):
-        lower = ["--dtype", "bfloat16"] if name in ("branch", "model_step", "decode") else []
+        lower = ["--dtype", "bfloat16"] if name in ("branch", "experts", "model_step", "decode") else []
         written = page(name, monkeypatch, tmp_path, "--device", pretend.NAME, *lower)
     assert written.count("\n| ") == ROWS[name] + 1
     assert f", {pretend.NAME}, Python" in written
