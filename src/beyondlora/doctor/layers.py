@@ -2,7 +2,7 @@
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -49,6 +49,19 @@ class AttentionHost(Host):
         return output
 
 
+class ExpertsHost(Host):
+    """A model of the experts of one layer of a mixture, each token going to two of three by a rule."""
+
+    additive = False  # what one projection adds passes the next one, and an activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The experts' output."""
+        tokens = x.flatten(0, -2)
+        index = torch.arange(2 * len(tokens), device=x.device).reshape(-1, 2) % 3
+        output: Tensor = self.target(tokens, index, tokens[:, :2].softmax(-1))
+        return output.reshape(x.shape)
+
+
 @dataclass(frozen=True)
 class LayerKind:
     """A kind of layer.
@@ -58,17 +71,31 @@ class LayerKind:
         build: makes a model with one such layer, named "target", on the accelerator or still on the CPU.
         inputs: makes a batch of three rows for it.
         package: what must be installed for it.
+        targets: the fields of a config that name it.
     """
 
     name: str
     build: Callable[[], nn.Module]
     inputs: Callable[[], Tensor]
     package: str | None = None
+    targets: dict[str, list[str]] = field(default_factory=lambda: {"target_modules": [TARGET]})
 
     @property
     def installed(self) -> bool:
         """Whether the package that the layer comes from is here."""
         return self.package is None or importlib.util.find_spec(self.package) is not None
+
+
+def _experts() -> nn.Module:
+    from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+    config: Any = Qwen3MoeConfig(hidden_size=16, moe_intermediate_size=12, num_experts=3)
+    config._experts_implementation = "eager"
+    host = ExpertsHost(Qwen3MoeExperts(config))
+    for weight in host.parameters():
+        nn.init.normal_(weight, std=0.3)
+    return host
 
 
 def _bitsandbytes_8bit() -> nn.Module:
@@ -134,6 +161,12 @@ LAYER_KINDS = (
         "Attention",
         lambda: AttentionHost(nn.MultiheadAttention(16, 2, batch_first=True)),
         _floats(3, 5, 16),
+    ),
+    LayerKind(
+        "Experts",
+        _experts,
+        _floats(3, 5, 16),
+        targets={"target_modules": [], "target_parameters": [f"{TARGET}.gate_up_proj", f"{TARGET}.down_proj"]},
     ),
     LayerKind("bnb 8-bit", _bitsandbytes_8bit, _floats(3, 64), "bitsandbytes"),
     LayerKind("bnb 4-bit", _bitsandbytes_4bit, _floats(3, 64), "bitsandbytes"),

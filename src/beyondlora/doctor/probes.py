@@ -21,7 +21,7 @@ from ..attach import quiet
 from ..evaluate import device
 from ..tuner.methods import METHODS
 from .answer import Answer, ApproximateResultError, WrongResultError, ask
-from .layers import LAYER_KINDS, TARGET, LayerKind
+from .layers import LAYER_KINDS, LayerKind
 
 RANK = 4
 Make = Callable[[], PeftModel]  # a fresh model with one adapter that is not a no-op, in eval mode
@@ -57,7 +57,7 @@ def answer(method: str, kind: LayerKind, feature: str) -> Answer:
         base = kind.build().to(device()).eval()
         x = kind.inputs().to(device())
         config_cls: Any = methods()[method]
-        config = config_cls(r=RANK, target_modules=[TARGET], init_lora_weights=False)
+        config = config_cls(r=RANK, **kind.targets, init_lora_weights=False)
 
         def make() -> PeftModel:
             return get_peft_model(copy.deepcopy(base), copy.deepcopy(config)).eval()
@@ -245,6 +245,6 @@ def _plain(tensor: Tensor) -> Tensor:
 def _merge_tolerance(model: Any) -> float | None:
     """Weights that are quantised again, or rounded to half precision, hold a merged adapter less exactly."""
     host = model.get_base_model()
-    if host.grain is not None or host.target.weight.dtype == torch.float32:
+    if host.grain is not None or next(host.target.parameters()).dtype == torch.float32:
         return host.grain
     return 0.1
