@@ -24,7 +24,7 @@ from .base_layers import bare
 
 PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
 # What transformers' decorator for experts says of their form; a class without it computes in a way of its own.
-FORM = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "_apply_gate")
+FORM = ("has_gate", "has_bias", "is_transposed", "_apply_gate")
 _KEY = re.compile(rf"(.+)\.(\d+)\.({'|'.join(PROJECTIONS)})")
 
 
@@ -101,7 +101,7 @@ class OpenExperts(nn.Module):
         # In training an expert without tokens is called, too: it has a gradient then, zero, on every process alike.
         some = self.training or torch.is_grad_enabled()
         y_SN = torch.cat([self._expert(e, x, names[e]) for e, x in enumerate(rows) if len(x) or some])
-        if me.has_post_expert_norm:
+        if getattr(me, "has_post_expert_norm", False):  # which old ones do not know
             y_SN = me.post_expert_norm(y_SN)
         y_SN = y_SN * top_k_weights.flatten()[order_S, None]
         back_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S), device=order_S.device))
@@ -257,7 +257,7 @@ def parameter_problem(name: str, holder: nn.Module, key: str) -> str | None:
         )
     if key not in projections_of(experts):
         return f"{name}: experts are adapted at {' and '.join(projections_of(experts))}; leave it out."
-    if experts._is_expert_parallel or hasattr(holder, "_hf_tp_plan"):
+    if getattr(holder, "_is_expert_parallel", False) or hasattr(holder, "_hf_tp_plan"):
         return (
             f"{name}: the experts are split over devices, by expert or tensor parallelism. Shard the model with FSDP2 "
             "or DDP instead (accelerate launch)."

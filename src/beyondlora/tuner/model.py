@@ -94,7 +94,9 @@ class AdapterModel(BaseTuner):
 
     def _inject_parameters(self, peft_config: Any, model: nn.Module, *_: Any, **__: Any) -> list[str]:
         """The parameters that are meant; their layers have been given adapters as all layers are."""
-        return list(holders(model, functools.partial(match_parameter, peft_config)))
+        names = list(holders(model, functools.partial(match_parameter, peft_config)))
+        self.targeted_parameter_names = list(dict.fromkeys([*self.targeted_parameter_names, *names]))  # for peft 0.20
+        return names
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         base: Any = super()._unload_and_optionally_merge(*args, **kwargs)
