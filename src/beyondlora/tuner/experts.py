@@ -13,6 +13,7 @@ import copy
 import functools
 import itertools
 import re
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -176,7 +177,7 @@ def open_experts(experts: nn.Module) -> None:
         layers = {name: ExpertLinear(experts, name, index) for name in projections_of(experts)}
         experts.add_module(str(index), nn.ModuleDict(layers).train(experts.training))
     kind: Any = type(experts)
-    experts.__class__ = _open_class(kind)
+    _become(experts, _open_class(kind))
 
 
 def close_experts(model: nn.Module) -> None:
@@ -185,7 +186,21 @@ def close_experts(model: nn.Module) -> None:
         if isinstance(experts, OpenExperts):
             for index in range(count_of(experts)):
                 delattr(experts, str(index))
-            experts.__class__ = closed_class(experts)
+            _become(experts, closed_class(experts))
+
+
+def _become(experts: Any, kind: Any) -> None:
+    experts.__class__ = kind
+    if "_old_forward" in vars(experts):  # accelerate's hook calls this, and not the class's
+        experts._old_forward = types.MethodType(kind.forward, experts)
+
+
+def execution_device(layer: Any) -> torch.device | None:
+    """Where accelerate computes with a layer whose weight it keeps elsewhere; None where the weight is in place."""
+    weight = getattr(layer, "weight", None)
+    hook = getattr(layer.experts if isinstance(layer, ExpertLinear) else layer, "_hf_hook", None)
+    device = getattr(hook, "execution_device", None)
+    return torch.device(device) if weight is not None and weight.is_meta and device is not None else None
 
 
 def parameter_of(key: str, model: nn.Module) -> str | None:
@@ -262,7 +277,11 @@ def parameter_problem(name: str, holder: nn.Module, key: str) -> str | None:
             f"{name}: the experts are split over devices, by expert or tensor parallelism. Shard the model with FSDP2 "
             "or DDP instead (accelerate launch)."
         )
+    if "forward" in vars(holder) and "_old_forward" not in vars(holder):
+        return f"{name}: {type(holder).__name__} computes by a function that is not its own (a kernel?); leave it out."
     weight = experts._parameters[key]
+    if hasattr(weight, "ds_id"):
+        return f"{name}: it is cut up by ZeRO 3. Attach the adapter before DeepSpeed cuts the model, or use FSDP2."
     if not weight.is_floating_point() or weight.element_size() < 2:
         return f"{name}: its numbers are packed. Load the model in bfloat16 or float32."
     return None

@@ -18,7 +18,7 @@ from ..adapters.adapter import Adapter
 from ..adapters.brief import call, is_brief
 from ..adapters.fused import has_hooks
 from .base_layers import as_matrix, as_weight, matrix_shape
-from .experts import ExpertLinear
+from .experts import ExpertLinear, execution_device
 from .mixed_batch import check_rows, rows_by_adapter
 from .packing import refuse_packed
 
@@ -67,7 +67,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         for key, part in self._called[name].items():
             getattr(self, key)[name] = part
         getattr(self, f"{self.prefix}dropout")[name] = adapter.dropout
-        self._move_adapter_to_device_of_base_layer(name)
+        self._move_adapter_to_device_of_base_layer(name, execution_device(self.get_base_layer()))
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def get_base_weight(self) -> Tensor:
@@ -130,6 +130,11 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         for warning in filter(None, (self.adapters[name].merge_warning for name in names)):
             warnings.warn(warning, stacklevel=2)
         original = self.get_base_weight()
+        if original.is_meta and not all(self.adapters[name].down.weight.is_meta for name in names):
+            raise ValueError(
+                "The base layer's weight has been offloaded, by accelerate for example, and nothing can be added to it "
+                "there. Load the model on a device (device_map), and merge there."
+            )
         merged = original.to(torch.promote_types(original.dtype, torch.float32))
         for name in names:
             merged = merged + self.get_delta_weight(name).to(merged)
