@@ -16,6 +16,7 @@ from ..figures import Examination, check_extras
 from ..progress import Progress
 from ..recipe import Recipe
 from ..run_folder import alone_in, write_json, write_text
+from ..tracking import trackers_of
 from . import pictures, published
 from .arms import Outcome, as_mapping, outcome_of
 from .grid import Grid
@@ -65,6 +66,7 @@ def compare(
     progress = progress or Progress()
     _check_extras()
     check_extras(grid.runs[0].recipe)
+    trackers_of(grid.runs[0].recipe.report_to)
     for runs in grid.arms.values():
         config_from(runs[0].recipe)  # an unknown method or key
     with alone_in(grid.output, "comparison"):
