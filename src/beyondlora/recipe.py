@@ -502,19 +502,19 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """A mapping from a file, with YAML 1.2's scalars. Raises: FileNotFoundError, ValueError."""
     if not path.is_file():
         what = "is a folder, not a file" if path.is_dir() else "does not exist"
-        raise FileNotFoundError(f"recipe {path} {what}; relative paths start from {Path.cwd()}")
+        raise FileNotFoundError(f"{path} {what}; relative paths start from {Path.cwd()}")
     raw = path.read_bytes()
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise ValueError(
-            f"{path}, line {line}: byte {raw[error.start]:#04x} is not UTF-8; save the recipe as UTF-8"
+            f"{path}, line {line}: byte {raw[error.start]:#04x} is not UTF-8; save the file as UTF-8"
         ) from None
     values = _parse(text, str(path))
     if not isinstance(values, dict):
         what = "is empty" if values is None else f"holds a {type(values).__name__}"
-        raise ValueError(f"{path} {what}; a recipe is a YAML mapping, one `key: value` a line")
+        raise ValueError(f"{path} {what}; expected a YAML mapping, one `key: value` a line")
     return values
 
 
