@@ -8,6 +8,7 @@ from shared_data import SHARED, needs_minilm, needs_shared
 from beyondlora.attach import config_from
 from beyondlora.compare.grid import Grid, choices
 from beyondlora.compare.held_out import check_apart, cut_off
+from beyondlora.data import read_splits
 
 RECIPE = {
     "task": "causal-lm",
@@ -210,4 +211,4 @@ def test_a_grid_of_configs_is_ready_to_run(path, monkeypatch, tmp_path):
     recipe, test = grid.runs[0].recipe, grid.test_dataset_name
     if grid.test_fraction:
         recipe, test = cut_off(recipe, grid.test_fraction, tmp_path)
-    check_apart(recipe, test)
+    check_apart(recipe, read_splits(recipe), test)

@@ -121,11 +121,12 @@ def _settled(grid: Grid, progress: Progress) -> tuple[Grid, HeldOut, dict[str, A
         grid = dataclasses.replace(grid, runs=runs)
     if path is None:
         raise ValueError("no test rows are named")
-    known = check_apart(recipe, path)
+    raw = data.read_splits(recipe)
+    known = check_apart(recipe, raw, path)
     if known:
         progress.say(f"Note: {known} training rows are test rows too; figures on them flatter every method alike.")
     processor = load_processor(recipe)
-    splits = data.prepare(data.read_splits(recipe), processor, recipe)
+    splits = data.prepare(raw, processor, recipe)
     tested = recipe.replace(max_eval_samples=grid.max_test_samples)
     evaluation = data.prepare_evaluation(tested, processor, path, label_names=splits.label_names)
     examination = Examination.of(tested, processor, evaluation)
