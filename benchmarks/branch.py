@@ -75,7 +75,7 @@ def rows(inputs: int, outputs: int, rank: int, tokens: int, arguments: argparse.
     head = f"| {inputs}→{outputs} | {rank} | {tokens} |"
     lora, dropping = "LoRA", "LoRA+drop"
     return [
-        f"{head} {method} | {ratio} | {ratio.median / ratios[dropping].median:.2f} | {ratio.seconds * 1e3:.3g} | "
+        f"{head} {method} | {ratio} | {ratio.median / ratios[dropping].median:.2f} | {ratio.ms} | "
         f"{peaks[method] / peaks[lora]:.2f} | {peaks[method] / peaks[dropping]:.2f} | {peaks[method] / 2**20:.1f} |"
         for method, ratio in ratios.items()
     ]

@@ -91,7 +91,7 @@ def main() -> None:
         "|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {method} | {ratio} | {ratio.median / ratios[dropping].median:.2f} | {ratio.seconds * 1e3:.4g} | "
+        f"| {method} | {ratio} | {ratio.median / ratios[dropping].median:.2f} | {ratio.ms} | "
         f"{peaks[method] / peaks[lora]:.2f} | {peaks[method] / peaks[dropping]:.2f} | {peaks[method] / 2**20:.0f} |"
         for method, ratio in ratios.items()
     ]

@@ -37,6 +37,12 @@ class Ratio(NamedTuple):
     def __str__(self) -> str:
         return f"{self.median:.2f} ({self.low:.2f}–{self.high:.2f})"
 
+    @property
+    def ms(self) -> str:
+        """The median time in milliseconds: three digits, of long ones all that stand before the point."""
+        milliseconds = 1e3 * self.seconds
+        return f"{milliseconds:.3g}" if milliseconds < 100 else f"{milliseconds:,.0f}"
+
 
 def compare(
     contenders: Mapping[str, Work], baseline: str, rounds: int, device: torch.device = CPU, *, at_once: int = 1

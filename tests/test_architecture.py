@@ -43,7 +43,7 @@ LEAVES = {
     "processes",
     "chatter",
 }
-HELPERS = {"recorder": "train", "tables": "cli"}  # parts of a room that stand beside it
+HELPERS = {"recorder": "train", "tracking": "train", "tables": "cli"}  # parts of a room that stand beside it
 METHOD_HOMES = {"adapters/cera.py", "adapters/aurora.py", "adapters/stella.py", "adapters/__init__.py"}
 METHOD_HOMES |= {"tuner/methods.py", "__init__.py"}
 

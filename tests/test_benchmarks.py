@@ -56,6 +56,14 @@ def test_an_accelerator_does_all_of_it_and_is_waited_for(
     assert pretend.waits.count("synchronize") > 2 * ROWS[name]
 
 
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(1.85, "1,850"), (12.3456, "12,346"), (0.9996, "1,000"), (0.1, "100"), (0.09996, "100"), (0.0012345, "1.23")],
+)
+def test_milliseconds_are_written_without_an_exponent(seconds: float, shown: str) -> None:
+    assert side_by_side.Ratio(1.0, 1.0, 1.0, seconds).ms == shown
+
+
 def test_a_bfloat16_base_trains_under_autocast_on_an_accelerator_alone() -> None:
     for device, dtype, expected in [
         (pretend.NAME, torch.bfloat16, True),

@@ -8,6 +8,7 @@ import small_runs
 
 from beyondlora import data, models
 from beyondlora.compare.held_out import check_apart, cut_off
+from beyondlora.data import read_splits
 from beyondlora.data.conversations import Writer
 from beyondlora.data.tokens import NOT_SCORED
 from beyondlora.evaluate import evaluate, load_processor
@@ -158,11 +159,11 @@ def test_tools_keep_what_the_template_may_want(made):
 def test_test_rows_are_cut_off_conversations_too(made, tmp_path):
     talks = [[{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n}!"}] for n in range(20)]
     recipe, test = cut_off(made(talks, eval_fraction=0.2), 0.25, tmp_path / "cut")
-    assert check_apart(recipe, test) == 0
+    assert check_apart(recipe, read_splits(recipe), test) == 0
     assert len(prepared(recipe).train) == 12
     shared = recipe.replace(eval_dataset_name=test)
     with pytest.raises(ValueError, match="5 of the validation rows are test rows too"):
-        check_apart(shared, test)
+        check_apart(shared, read_splits(shared), test)
 
 
 @pytest.mark.usefixtures("fresh_accelerate")

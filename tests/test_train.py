@@ -57,7 +57,7 @@ def same_weights(first, second):
 def test_a_finished_run_holds_what_it_should_and_nothing_else(recipe, tmp_path):
     summary = train(recipe())
     run = tmp_path / "run"
-    unasked = {"checkpoints", "generations.jsonl", "generations-test.jsonl"}
+    unasked = {"tracking", "checkpoints", "generations.jsonl", "generations-test.jsonl"}
     assert {entry.name for entry in run.iterdir()} == set(CONTENTS) - unasked
     assert json.loads((run / "metrics.json").read_text()) == summary
     assert Recipe.load(run / "recipe.yaml") == recipe()

@@ -24,6 +24,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 TASKS = ("causal-lm", "sequence-classification", "sequence-regression", "image-classification")
+TOLD = ("output_dir", "report_to")  # where a run can be read, and no part of what it is
 METRICS = ("multiple_choice", "multiple_choice_generated", "exact_match")  # and pass@K, see `passes`
 
 
@@ -103,6 +104,9 @@ class Recipe:
         seed: initialisation, data order, dropout.
         logging_steps, eval_steps, save_steps: optimizer steps between lines of metrics, evaluations, checkpoints.
         dataloader_num_workers: worker processes that prepare batches; 0 = the training process itself.
+        report_to: experiment trackers that are told losses and evaluations as they come, a name or a list of them:
+            "tensorboard", "wandb", "mlflow", "trackio", ... as transformers calls them, or "all" that are installed;
+            None = none. Like output_dir no part of what a run is: it may change with --resume.
     """
 
     task: str
@@ -164,8 +168,11 @@ class Recipe:
     eval_steps: int = 100
     save_steps: int = 100
     dataloader_num_workers: int = 0
+    report_to: list[str] | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.report_to, str):  # transformers takes one name, too
+            self.report_to = None if self.report_to == "none" else [self.report_to]
         for name, annotation in _annotations().items():
             setattr(self, name, _coerce(name, getattr(self, name), annotation))
         _check_values(self)
@@ -217,9 +224,12 @@ class Recipe:
         return Recipe.from_mapping({**_as_mapping(self), **changes})
 
     def differences(self, other: Recipe) -> dict[str, tuple[Any, Any]]:
-        """The fields in which two recipes differ: name -> (mine, the other's)."""
+        """The fields in which the runs of two recipes differ: name -> (mine, the other's).
+
+        Not where they write and whom they tell (TOLD).
+        """
         mine, theirs = _as_mapping(self), _as_mapping(other)
-        return {name: (mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]}
+        return {name: (mine[name], theirs[name]) for name in mine if name not in TOLD and mine[name] != theirs[name]}
 
 
 def _as_mapping(recipe: Recipe) -> dict[str, Any]:
@@ -492,19 +502,19 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """A mapping from a file, with YAML 1.2's scalars. Raises: FileNotFoundError, ValueError."""
     if not path.is_file():
         what = "is a folder, not a file" if path.is_dir() else "does not exist"
-        raise FileNotFoundError(f"recipe {path} {what}; relative paths start from {Path.cwd()}")
+        raise FileNotFoundError(f"{path} {what}; relative paths start from {Path.cwd()}")
     raw = path.read_bytes()
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise ValueError(
-            f"{path}, line {line}: byte {raw[error.start]:#04x} is not UTF-8; save the recipe as UTF-8"
+            f"{path}, line {line}: byte {raw[error.start]:#04x} is not UTF-8; save the file as UTF-8"
         ) from None
     values = _parse(text, str(path))
     if not isinstance(values, dict):
         what = "is empty" if values is None else f"holds a {type(values).__name__}"
-        raise ValueError(f"{path} {what}; a recipe is a YAML mapping, one `key: value` a line")
+        raise ValueError(f"{path} {what}; expected a YAML mapping, one `key: value` a line")
     return values
 
 

@@ -6,6 +6,7 @@
 
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,17 @@ class Recorder(TrainerCallback):
     """
 
     def __init__(
-        self, run: RunFolder, recipe: Recipe, splits: Splits, progress: Progress, resumed_at: int, processor: Any
+        self,
+        run: RunFolder,
+        recipe: Recipe,
+        splits: Splits,
+        progress: Progress,
+        resumed_at: int,
+        processor: Any,
+        trackers: Sequence[TrainerCallback] = (),
     ) -> None:
         self.run, self.recipe, self.splits, self.progress, self.processor = run, recipe, splits, progress, processor
+        self.trackers = trackers  # the Trainer tells them what it logs, this class what it measures
         self.main = PartialState().is_main_process
         rows = run.rows_until(resumed_at)
         self.seconds_before = max((row["seconds"] for row in rows), default=0.0)
@@ -102,7 +111,9 @@ class Recorder(TrainerCallback):
         self.step = state.global_step
         finished = state.global_step >= state.max_steps
         if self.splits.evaluation is not None and (finished or state.global_step % self.recipe.eval_steps == 0):
-            self._evaluate(kwargs["model"], state)
+            figures = self._evaluate(kwargs["model"], state)
+            for tracker in self.trackers if self.main else ():
+                tracker.on_log(args, state, control, logs=dict(figures), model=kwargs["model"])
             control.should_save = control.should_save or self.best_step == state.global_step
         control.should_save = control.should_save or finished or self.interrupts.ending
         control.should_log = control.should_log or control.should_save
@@ -160,7 +171,7 @@ class Recorder(TrainerCallback):
                     processes.put_back(weights[name], value)
         self.save_last(model)
 
-    def _evaluate(self, model: Trained, state: TrainerState) -> None:
+    def _evaluate(self, model: Trained, state: TrainerState) -> dict[str, Any]:
         figures: dict[str, Any] = {}
         scores = measure(
             model,
@@ -177,6 +188,7 @@ class Recorder(TrainerCallback):
         self._write(state, figures)
         if figures["eval_loss"] < self.best_loss:
             self.best_loss, self.best_step = figures["eval_loss"], state.global_step
+        return figures
 
     def _write(self, state: TrainerState, figures: dict[str, Any]) -> None:
         if self.main:

@@ -8,6 +8,7 @@
     last/              the adapter (the model) after the last step
     generations.jsonl  what the best one answered to the evaluation rows, where metrics or lm_eval_tasks ask
     curves.png         loss curves
+    tracking/          what the experiment trackers of report_to keep on disk
     checkpoints/       what --resume starts from; gone once the run is finished
     .lock              held while a process trains here
 
@@ -42,6 +43,7 @@ CONTENTS = (
     "generations.jsonl",
     "generations-test.jsonl",
     "curves.png",
+    "tracking",
     "checkpoints",
 )
 KEPT_CHECKPOINTS = 2  # the newest, and one to fall back on should it be damaged
@@ -68,6 +70,7 @@ class RunFolder:
         self.generations = self.path / "generations.jsonl"
         self.test_generations = self.path / "generations-test.jsonl"  # of a comparison's test rows
         self.curves = self.path / "curves.png"
+        self.tracking = self.path / "tracking"
         self.checkpoints = self.path / "checkpoints"
         self.staging = self.checkpoints / "partial"  # the Trainer writes here; `keep_checkpoint` renames
 
@@ -160,7 +163,11 @@ class RunFolder:
         return next(filter(_is_intact, reversed(self._checkpoints())), None)
 
     def drop_checkpoints(self) -> None:
-        """Delete the checkpoints: a finished run needs none."""
+        """Delete the checkpoints: a finished run needs none. What a tracker wrote beside them is kept."""
+        for entry in self.staging.glob("[!.]*"):
+            if not entry.name.startswith("checkpoint-"):
+                self.tracking.mkdir(exist_ok=True)
+                os.replace(entry, self.tracking / entry.name)
         shutil.rmtree(self.checkpoints, ignore_errors=True)
 
     def _checkpoints(self) -> list[Path]:

@@ -21,7 +21,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
-from . import curves, data, models
+from . import curves, data, models, tracking
 from .attach import Trained, attach, config_from, count_parameters, load_weights, quiet, resume_refusal, with_weights
 from .evaluate import device, load_base, load_processor
 from .figures import Examination, check_extras
@@ -74,6 +74,7 @@ def train(
     progress = progress or Progress()
     config, run, arguments = config_from(recipe), RunFolder(recipe.output_dir), _training_arguments(recipe)
     _check_launch(recipe)
+    trackers = tracking.trackers_of(recipe.report_to)
     run.claim(resume=resume, overwrite=overwrite)
     if PartialState().is_main_process:
         refuse_if_busy(run.path, "run")
@@ -118,7 +119,7 @@ def train(
         PartialState().wait_for_everyone()
         if checkpoint is not None:
             progress.say(f"Resuming from step {_step_of(checkpoint)}.")
-        recorder = Recorder(run, recipe, splits, progress, _step_of(checkpoint), processor)
+        recorder = Recorder(run, recipe, splits, progress, _step_of(checkpoint), processor, trackers)
         _fit(model, arguments, splits, recorder, checkpoint)
         return _finish(model, recorder, examination)
 
@@ -194,13 +195,14 @@ def _training_arguments(recipe: Recipe) -> TrainingArguments:
             use_cpu=device().type == "cpu",
             dataloader_pin_memory=device().type != "cpu",
             disable_tqdm=True,
-            report_to="none",
+            report_to="none",  # Recorder has them
+            run_name=RunFolder(recipe.output_dir).path.resolve().name,  # which is what trackers show
         )
 
 
 def _check_same_recipe(recipe: Recipe, run: RunFolder) -> None:
     stored = Recipe.load(run.recipe)
-    different = recipe.replace(output_dir=stored.output_dir).differences(stored)
+    different = recipe.differences(stored)
     if different:
         changes = "; ".join(f"{key}: {mine!r}, was {theirs!r}" for key, (mine, theirs) in different.items())
         raise ValueError(
@@ -251,9 +253,11 @@ def _fit(
             load_weights(model, checkpoint)
             recorder.on_train_begin(arguments, TrainerState(**_known(state)), TrainerControl(), model=model)
             return
-    with quiet(), listening() as recorder.interrupts:
+    told = tracking.open_in(recorder.trackers, recorder.run.tracking, recorder.step)
+    with quiet(), told, listening() as recorder.interrupts:
+        callbacks = [*recorder.trackers, recorder]
         trainer = Trainer(
-            model, arguments, data_collator=splits.collator, train_dataset=splits.train, callbacks=[recorder]
+            model, arguments, data_collator=splits.collator, train_dataset=splits.train, callbacks=callbacks
         )
         trainer.remove_callback(PrinterCallback)
         hook = model.register_forward_hook(recorder.check_loss)

@@ -20,6 +20,7 @@ from beyondlora.compare import published as published_format
 from beyondlora.compare.grid import Grid
 from beyondlora.compare.held_out import check_apart, cut_off
 from beyondlora.compare.runs import HeldOut, append_result, check_same, expected, read_results, train_and_measure
+from beyondlora.data import read_splits, splits
 from beyondlora.evaluate import evaluate
 from beyondlora.progress import Progress
 from beyondlora.recipe import Recipe
@@ -283,6 +284,29 @@ def test_workers_say_nothing_of_what_they_import(tmp_path):
     assert ended.stderr == ""
 
 
+def test_shown_again_a_comparison_reads_its_training_rows_once_and_sees_where_they_changed(
+    house, tmp_path, monkeypatch
+):
+    rows, test = small_runs.sentences(tmp_path / "rows.jsonl"), tmp_path / "test.jsonl"
+    distinct = [{"sentence1": f"nobody says {number}", "label": "good"} for number in range(20)]
+    test.write_text("".join(json.dumps(row) + "\n" for row in distinct))
+    block = {"methods": {"LoRA": {"peft_type": "LORA"}}, "learning_rate": [1e-2], "seed": [0], "test_fraction": None}
+    changes = {"task": "sequence-classification", "dataset_name": str(rows)}
+    planned = Grid.from_mapping(
+        mapping(house, tmp_path / "out", **block, test_dataset_name=str(test))
+        | changes
+        | {"adapter": {"r": 4, "target_modules": ["q_proj"]}}
+    )
+    compare(planned, jobs=1)
+    asked, read_rows = [], splits.read_rows
+    monkeypatch.setattr(splits, "read_rows", lambda name, **named: asked.append(name) or read_rows(name, **named))
+    compare(planned)
+    assert asked.count(str(rows)) == 1
+    rows.write_text(rows.read_text().replace("cat", "cow", 1))
+    with pytest.raises(ValueError, match=r"cannot stand beside .*data_sha256"):
+        compare(planned)
+
+
 # Refused -------------------------------------------------------------------------------------------------------------
 
 
@@ -359,11 +383,11 @@ def test_validation_rows_that_are_test_rows_are_refused(house, tmp_path):
     distinct = list({json.loads(line)["sentence1"]: line for line in lines}.values())
     (tmp_path / "rows.jsonl").write_text("\n".join(distinct) + "\n")
     with pytest.raises(ValueError, match=r"of the validation rows are test rows too \(the first is validation row 1"):
-        check_apart(recipe, recipe.dataset_name)
+        check_apart(recipe, read_splits(recipe), recipe.dataset_name)
     rest, test = cut_off(recipe, 0.2, tmp_path / "data")
-    assert check_apart(rest, test) == 0
+    assert check_apart(rest, read_splits(rest), test) == 0
     (tmp_path / "one.jsonl").write_text(json.dumps({"sentence1": "nobody says this", "label": "good"}) + "\n")
-    assert check_apart(recipe, str(tmp_path / "one.jsonl")) == 0
+    assert check_apart(recipe, read_splits(recipe), str(tmp_path / "one.jsonl")) == 0
 
 
 def test_a_test_text_inside_the_validation_text_is_refused_wherever_its_blocks_begin(house, tmp_path):
@@ -372,8 +396,9 @@ def test_a_test_text_inside_the_validation_text_is_refused_wherever_its_blocks_b
     (tmp_path / "late.txt").write_text("\n".join(lines[-7:-1]) + "\n")
     (tmp_path / "early.txt").write_text("\n".join(lines[1:7]) + "\n")
     with pytest.raises(ValueError, match="test rows too"):
-        check_apart(recipe, str(tmp_path / "late.txt"))
-    assert check_apart(recipe, str(tmp_path / "early.txt")) == 4  # training rows that are test rows: said, not refused
+        check_apart(recipe, read_splits(recipe), str(tmp_path / "late.txt"))
+    # Training rows that are test rows: said, not refused.
+    assert check_apart(recipe, read_splits(recipe), str(tmp_path / "early.txt")) == 4
 
 
 def test_the_test_rows_are_cut_off_as_they_stand(house, tmp_path):

@@ -8,6 +8,7 @@ from shared_data import SHARED, needs_minilm, needs_shared
 from beyondlora.attach import config_from
 from beyondlora.compare.grid import Grid, choices
 from beyondlora.compare.held_out import check_apart, cut_off
+from beyondlora.data import read_splits
 
 RECIPE = {
     "task": "causal-lm",
@@ -189,6 +190,17 @@ GRIDS = sorted((Path(__file__).parents[2] / "configs" / "grids").glob("*.yaml"))
 
 @needs_shared
 @needs_minilm
+@pytest.mark.parametrize("content", [None, b"", b"- a\n", b"caf\xe9: 1\n"])
+def test_a_file_that_is_no_grid_is_not_called_a_recipe(content, tmp_path):
+    path = tmp_path / "grid.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises((FileNotFoundError, ValueError)) as caught:
+        Grid.load(path)
+    assert str(caught.value).startswith(str(path))
+    assert "recipe" not in str(caught.value)
+
+
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
 def test_a_grid_of_configs_is_ready_to_run(path, monkeypatch, tmp_path):
     monkeypatch.setenv("BEYONDLORA_SHARED", str(SHARED))
@@ -199,4 +211,4 @@ def test_a_grid_of_configs_is_ready_to_run(path, monkeypatch, tmp_path):
     recipe, test = grid.runs[0].recipe, grid.test_dataset_name
     if grid.test_fraction:
         recipe, test = cut_off(recipe, grid.test_fraction, tmp_path)
-    check_apart(recipe, test)
+    check_apart(recipe, read_splits(recipe), test)

@@ -16,6 +16,7 @@ from ..figures import Examination, check_extras
 from ..progress import Progress
 from ..recipe import Recipe
 from ..run_folder import alone_in, write_json, write_text
+from ..tracking import trackers_of
 from . import pictures, published
 from .arms import Outcome, as_mapping, outcome_of
 from .grid import Grid
@@ -65,6 +66,7 @@ def compare(
     progress = progress or Progress()
     _check_extras()
     check_extras(grid.runs[0].recipe)
+    trackers_of(grid.runs[0].recipe.report_to)
     for runs in grid.arms.values():
         config_from(runs[0].recipe)  # an unknown method or key
     with alone_in(grid.output, "comparison"):
@@ -119,11 +121,12 @@ def _settled(grid: Grid, progress: Progress) -> tuple[Grid, HeldOut, dict[str, A
         grid = dataclasses.replace(grid, runs=runs)
     if path is None:
         raise ValueError("no test rows are named")
-    known = check_apart(recipe, path)
+    raw = data.read_splits(recipe)
+    known = check_apart(recipe, raw, path)
     if known:
         progress.say(f"Note: {known} training rows are test rows too; figures on them flatter every method alike.")
     processor = load_processor(recipe)
-    splits = data.prepare(data.read_splits(recipe), processor, recipe)
+    splits = data.prepare(raw, processor, recipe)
     tested = recipe.replace(max_eval_samples=grid.max_test_samples)
     evaluation = data.prepare_evaluation(tested, processor, path, label_names=splits.label_names)
     examination = Examination.of(tested, processor, evaluation)

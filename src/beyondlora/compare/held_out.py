@@ -56,14 +56,13 @@ def _write(rows: datasets.Dataset, path: Path, recipe: Recipe) -> Path:
     return path
 
 
-def check_apart(recipe: Recipe, test: str) -> int:
+def check_apart(recipe: Recipe, splits: data.RawSplits, test: str) -> int:
     """Refuse validation rows that are test rows; return how many *training* rows are (a thing to be said).
 
     Raises: ValueError.
     """
     split = recipe.dataset_test_split or "test"
     tested = set(_hashes(data.read_checked(recipe, test, split), recipe))
-    splits = data.read_splits(recipe)
     shared = [number for number, row in enumerate(_hashes(splits.evaluation, recipe), start=1) if row in tested]
     if shared:
         raise ValueError(
@@ -86,12 +85,12 @@ def _contents(rows: datasets.Dataset, recipe: Recipe) -> Iterator[bytes]:
             stored = image.as_py()
             yield stored["bytes"] if stored["bytes"] is not None else Path(stored["path"]).read_bytes()
         return
-    fields = data.text_fields(recipe)
-    for row in rows.select_columns(fields):
+    columns = [data.arrow_column(rows, name).to_pylist() for name in data.text_fields(recipe)]
+    for values in zip(*columns, strict=True):
         if data.is_packed(recipe):
-            yield from _windows(row[fields[0]])
+            yield from _windows(values[0])
         else:
-            yield json.dumps([row[name] for name in fields]).encode()
+            yield json.dumps(values).encode()
 
 
 def _windows(text: str) -> Iterator[bytes]:

@@ -98,7 +98,7 @@ def check_planned(lines: Mapping[str, Line], runs: Sequence[Run], where: Path) -
     for run in runs:
         if run.name in lines:
             before = Recipe.from_mapping(lines[run.name]["recipe"])
-            different = run.recipe.replace(output_dir=before.output_dir).differences(before)
+            different = run.recipe.differences(before)
             if different:
                 told = "; ".join(f"{key}: {mine!r}, was {theirs!r}" for key, (mine, theirs) in different.items())
                 raise ValueError(
@@ -239,7 +239,8 @@ def _probe(run: Run, test: HeldOut, _progress: Progress) -> tuple[float, int]:
     folder = tempfile.mkdtemp(prefix="beyondlora-probe-")
     begun = time.monotonic()
     try:
-        short = {"max_steps": PROBE_STEPS, "logging_steps": 1, "eval_steps": PROBE_STEPS, "warmup_steps": 0}
+        short: dict[str, Any] = {"max_steps": PROBE_STEPS, "eval_steps": PROBE_STEPS, "warmup_steps": 0}
+        short |= {"logging_steps": 1, "report_to": None}
         with contextlib.suppress(FloatingPointError):
             train(run.recipe.replace(output_dir=folder, **short))
         rows = RunFolder(folder).rows()

@@ -283,8 +283,11 @@ def _prepare_sequences(rows: datasets.Dataset, tokenizer: Any, recipe: DataRecip
     cut = 0
     for batch in _batches(rows):
         texts = [batch[name] for name in text_fields(recipe)]
-        cut += sum(len(row) > length for row in tokenizer(*texts, verbose=False)["input_ids"])
-        for name, lists in tokenizer(*texts, truncation=True, max_length=length).items():
+        found = tokenizer(*texts, verbose=False)
+        if longer := sum(len(row) > length for row in found["input_ids"]):
+            found = tokenizer(*texts, truncation=True, max_length=length)
+        cut += longer
+        for name, lists in found.items():
             column = columns.setdefault(name, _Lists())
             for numbers in lists:
                 column.append(numbers)

@@ -10,6 +10,7 @@ from ..evaluate import load_processor
 from ..progress import Progress
 from ..recipe import Recipe, warmup_problem
 from ..run_folder import RunFolder
+from ..tracking import trackers_of
 from ..train import train
 
 STEPS = 3
@@ -27,6 +28,7 @@ def try_recipe(recipe: Recipe, progress: Progress | None = None) -> dict[str, An
     """
     progress = progress or Progress()
     config_from(recipe)
+    trackers_of(recipe.report_to)
     run = RunFolder(recipe.output_dir)
     begun = run.recipe.exists()
     run.claim(resume=begun, overwrite=False)
@@ -41,6 +43,7 @@ def try_recipe(recipe: Recipe, progress: Progress | None = None) -> dict[str, An
             logging_steps=1,
             eval_steps=STEPS,
             save_steps=STEPS,
+            report_to=None,
         )
         summary = train(short, progress=progress)
         steps = [row for row in RunFolder(short.output_dir).rows() if "loss" in row]
