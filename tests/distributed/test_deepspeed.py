@@ -7,6 +7,7 @@ pip install --no-build-isolation deepspeed.
 import json
 
 import pytest
+import small_models
 import small_runs
 import torch
 from accelerated import launch
@@ -51,3 +52,18 @@ def test_under_zero_a_recipe_trains_to_what_one_process_makes_of_it(method, stag
     assert one.keys() == two.keys()
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-5)  # float32 means of halves, through Adam
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_experts_that_are_a_parameter_train_alike(stage, house, tmp_path, monkeypatch):
+    model = small_runs.base(tmp_path / "mixture", small_models.mixtral())
+    experts = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    options = {"adapter": small_runs.ADAPTERS["stella"] | experts, "max_steps": 4, "model_name_or_path": str(model)}
+    half = small_runs.recipe(house, **options, per_device_train_batch_size=2, output_dir=str(tmp_path / "two"))
+    code, said = launch_zero(stage, half, tmp_path, monkeypatch)
+    assert code == 0, said
+    train(small_runs.recipe(house, **options, per_device_train_batch_size=4, output_dir=str(tmp_path / "one")))
+    one, two = (small_runs.weights(tmp_path / run / "adapter") for run in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-5)

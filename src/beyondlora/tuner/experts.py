@@ -42,7 +42,7 @@ class ExpertLinear(nn.Linear):
         nn.Module.__init__(self)
         self.name, self.index = name, index
         self._experts = (experts,)  # in a tuple: it is no child
-        self.out_features, self.in_features = self.weight.shape
+        self.out_features, self.in_features = expert_shape(experts, name)
 
     @property
     def experts(self) -> Any:
@@ -56,9 +56,11 @@ class ExpertLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """W0 (M, N), a view."""
-        weight: Tensor = getattr(self.experts, self.name)[self.index]
-        return weight.mT if self.experts.is_transposed else weight
+        """W0 (M, N), a view; what is left of the parameter while ZeRO 3 has it cut up."""
+        parameter: Tensor = getattr(self.experts, self.name)
+        if parameter.dim() != 3:
+            return parameter
+        return parameter[self.index].mT if self.experts.is_transposed else parameter[self.index]
 
     @property
     def bias(self) -> Tensor | None:  # type: ignore[override]
@@ -161,7 +163,7 @@ def closed_class(experts: nn.Module) -> type:
 
 def count_of(experts: Any) -> int:
     """E."""
-    return len(experts.down_proj)
+    return _shape(experts.down_proj)[0]
 
 
 def projections_of(experts: Any) -> tuple[str, str]:
@@ -257,8 +259,12 @@ def holders(model: nn.Module, wanted: Callable[[str], bool]) -> dict[str, tuple[
 
 def expert_shape(experts: Any, name: str) -> tuple[int, int]:
     """(M, N) of a projection of one expert."""
-    rows, columns = getattr(experts, name).shape[1:]
+    _, rows, columns = _shape(getattr(experts, name))
     return (columns, rows) if experts.is_transposed else (rows, columns)
+
+
+def _shape(parameter: Any) -> tuple[int, ...]:
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))  # as a whole, where ZeRO 3 has it cut up
 
 
 def parameter_problem(name: str, holder: nn.Module, key: str) -> str | None:
@@ -280,8 +286,6 @@ def parameter_problem(name: str, holder: nn.Module, key: str) -> str | None:
     if "forward" in vars(holder) and "_old_forward" not in vars(holder):
         return f"{name}: {type(holder).__name__} computes by a function that is not its own (a kernel?); leave it out."
     weight = experts._parameters[key]
-    if hasattr(weight, "ds_id"):
-        return f"{name}: it is cut up by ZeRO 3. Attach the adapter before DeepSpeed cuts the model, or use FSDP2."
     if not weight.is_floating_point() or weight.element_size() < 2:
         return f"{name}: its numbers are packed. Load the model in bfloat16 or float32."
     return None
