@@ -49,6 +49,12 @@ def test_more_fields_of_the_config_stand_in_the_recipe_too(load):
         load(small_models.llama(), **recipe | {"beyondlora": {"stella_retractoin": "polar"}})
 
 
+def test_experts_are_named_as_for_its_lora(load):
+    model, config = load(small_models.mixtral(), adapter="cera", lora_r=2, lora_target_parameters=["experts.down_proj"])
+    assert config.target_parameters == ["experts.down_proj"]
+    assert any(name.endswith("experts.3.down_proj.base_layer") for name, _ in model.named_modules())
+
+
 def test_what_is_made_for_lora_alone_is_refused(load):
     with pytest.raises(ValueError, match="peft_use_dora, load_in_4bit: Axolotl has this for its LoRA alone"):
         load(small_models.llama(), adapter="cera", lora_target_linear=True, peft_use_dora=True, load_in_4bit=True)

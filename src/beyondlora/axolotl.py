@@ -26,6 +26,7 @@ WORDS = {
     "lora_alpha": "lora_alpha",
     "lora_dropout": "lora_dropout",
     "lora_target_modules": "target_modules",
+    "lora_target_parameters": "target_parameters",
     "lora_exclude_modules": "exclude_modules",
     "lora_modules_to_save": "modules_to_save",
     "lora_rank_pattern": "rank_pattern",
@@ -41,7 +42,6 @@ WORDS = {
 LORA_ALONE = (
     "peft_use_dora",
     "peft_layer_replication",
-    "lora_target_parameters",
     "lora_mlp_kernel",
     "lora_qkv_kernel",
     "lora_o_kernel",
