@@ -245,6 +245,23 @@ def test_copies_are_copies(method, build):
         assert torch.equal(logits(model), expected)
 
 
+def test_sums_of_adapters_on_other_experts():
+    torch.manual_seed(1)
+    model = get_peft_model(mixtral(), StellaConfig(r=2, target_modules=["q_proj"]), adapter_name="attention")
+    model.add_adapter(
+        "up", StellaConfig(r=3, target_modules=[], target_parameters=["layers.0.mlp.experts.gate_up_proj"])
+    )
+    model.add_adapter("both", StellaConfig(r=2, target_modules=[], target_parameters=EXPERTS))
+    parts = {"attention": 0.5, "up": 2.0, "both": -1.0}
+    model.add_weighted_adapter(list(parts), list(parts.values()), "sum")
+    for layer in layers_of(model).values():
+        expected = sum(
+            weight * layer.get_delta_weight(name) for name, weight in parts.items() if name in layer.adapters
+        )
+        torch.testing.assert_close(layer.get_delta_weight("sum"), expected, rtol=1e-5, atol=1e-6)
+    assert len(layers_of(model)) == 2 + 2 * 2 * 4
+
+
 @one_of_each_paper
 def test_each_row_of_a_batch_has_its_own_adapter(method):
     model = adapted(method, mixtral(), target_modules=["q_proj"])

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..targets import fits
+from .experts import ExpertLinear, parameter_name
 from .layer import AdapterLayer
 
 
@@ -28,15 +29,18 @@ def combined_config(layers: dict[str, AdapterLayer], adapters: Sequence[str], na
         for name, layer in layers.items()
         if (present := [a for a in adapters if a in layer.adapters])
     }
-    largest, others = max(ranks.values()), [name for name in names if name not in ranks]
-    ambiguous = any(fits(other, ranks) for other in others)  # a list of names means those that end in one, too
+    experts = {name for name in ranks if isinstance(layers[name].get_base_layer(), ExpertLinear)}
+    targets, others = ranks.keys() - experts, [name for name in names if name not in ranks]
+    ambiguous = any(fits(other, targets) for other in others)  # a list of names means those that end in one, too
+    largest = max(ranks.values())
     return {
         "r": largest,
         "rank_pattern": {name: rank for name, rank in ranks.items() if rank != largest},
         "lora_alpha": None,
         "alpha_pattern": {},
         "use_rslora": False,
-        "target_modules": "|".join(map(re.escape, sorted(ranks))) if ambiguous else set(ranks),
+        "target_modules": "|".join(map(re.escape, sorted(targets))) if ambiguous else targets,
+        "target_parameters": sorted(set(map(parameter_name, experts))) or None,
         "exclude_modules": None,
         "layers_to_transform": None,
         "layers_pattern": None,

@@ -210,7 +210,13 @@ def parameter_of(key: str, model: nn.Module) -> str | None:
     found = _KEY.fullmatch(key)
     if found is None or not isinstance(model.get_submodule(found[1]), OpenExperts):
         return None
-    return f"{found[1]}.{found[3]}"
+    return parameter_name(key)
+
+
+def parameter_name(layer: str) -> str:
+    """The parameter that a layer of an expert is a slice of, by the layer's name."""
+    holder, _, name = layer.rsplit(".", 2)
+    return f"{holder}.{name}"
 
 
 def layer_names(parameter: str, experts: nn.Module) -> list[str]:
