@@ -389,6 +389,13 @@ def test_experts_that_are_split_over_devices_are_refused():
         get_peft_model(base, CeraConfig(r=2, target_parameters=EXPERTS))
 
 
+def test_experts_that_a_kernel_computes_are_refused():
+    base = mixtral()
+    base.model.layers[1].mlp.forward = lambda hidden_states: hidden_states
+    with pytest.raises(ValueError, match=r"layers.1.mlp.experts.down_proj: MixtralExperts or what is around .* kernel"):
+        get_peft_model(base, CeraConfig(r=2, target_parameters=EXPERTS))
+
+
 def test_experts_of_packed_numbers_are_refused():
     base = mixtral()
     experts = experts_of(base)[0]

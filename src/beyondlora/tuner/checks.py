@@ -10,7 +10,7 @@ from torch import nn
 
 from ..targets import fits
 from .base_layers import bare, is_supported, layer_problem
-from .experts import holders, parameter_problem
+from .experts import parameter_problem
 
 HEADS = {"classifier", "score", "qa_outputs"}  # what PEFT itself adds to modules_to_save, there or not
 NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
@@ -76,8 +76,7 @@ def warn_of_experts(config: Any, model: nn.Module) -> None:
     if config.target_parameters is not None or not wanted:
         return
     if left_out := _expert_parameters(model):
-        found = holders(model, {*left_out}.__contains__)
-        able = not any(parameter_problem(name, *held) for name, held in found.items())
+        able = not any(parameter_problem(name, model) for name in left_out)
         help_text = f" target_parameters={_ends(left_out)} gives them one; [] keeps them so, without this warning."
         warnings.warn(
             f"This model's experts are no layers but parameters, as {left_out[0]}, and get no adapter: they stay "

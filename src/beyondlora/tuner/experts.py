@@ -273,25 +273,29 @@ def _shape(parameter: Any) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))  # as a whole, where ZeRO 3 has it cut up
 
 
-def parameter_problem(name: str, holder: nn.Module, key: str) -> str | None:
-    """Why a parameter cannot be adapted, by its name and its name in its holder; None where it can."""
-    experts: Any = holder
-    if not is_experts(holder):
+def parameter_problem(name: str, model: nn.Module) -> str | None:
+    """Why a parameter of a model cannot be adapted, by its name; None where it can."""
+    place, _, key = name.rpartition(".")
+    around, experts = model.get_submodule(place.rpartition(".")[0]), model.get_submodule(place)
+    kind = type(experts).__name__
+    if not is_experts(experts):
         return (
-            f"{name}: {type(holder).__name__} does not compute as transformers' experts do, so there is no saying "
-            "where its parameters meet their input. Leave it out of target_parameters; layers are named in "
-            "target_modules."
+            f"{name}: {kind} does not compute as transformers' experts do, so there is no saying where its parameters "
+            "meet their input. Leave it out of target_parameters; layers are named in target_modules."
         )
     if key not in projections_of(experts):
         return f"{name}: experts are adapted at {' and '.join(projections_of(experts))}; leave it out."
-    if getattr(holder, "_is_expert_parallel", False) or hasattr(holder, "_hf_tp_plan"):
+    if getattr(experts, "_is_expert_parallel", False) or hasattr(experts, "_hf_tp_plan"):
         return (
             f"{name}: the experts are split over devices, by expert or tensor parallelism. Shard the model with FSDP2 "
             "or DDP instead (accelerate launch)."
         )
-    if "forward" in vars(holder) and "_old_forward" not in vars(holder):
-        return f"{name}: {type(holder).__name__} computes by a function that is not its own (a kernel?); leave it out."
-    weight = experts._parameters[key]
+    if any("forward" in vars(module) and "_old_forward" not in vars(module) for module in (around, experts)):
+        return (
+            f"{name}: {kind} or what is around it computes by a function from elsewhere, such as a hub's kernel, "
+            "which an adapter would not be seen by. Load the model without (use_kernels=False)."
+        )
+    weight = getattr(experts, key)
     if not weight.is_floating_point() or weight.element_size() < 2:
         return f"{name}: its numbers are packed. Load the model in bfloat16 or float32."
     return None

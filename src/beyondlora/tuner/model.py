@@ -67,7 +67,7 @@ class AdapterModel(BaseTuner):
             for name, module in targets.items()
         ]
         for name, (holder, key) in parameters.items():
-            found.append(parameter_problem(name, holder, key))
+            found.append(parameter_problem(name, model))
             if found[-1] is None:
                 shape = expert_shape(holder, key)
                 found += [self._unbuildable(peft_config, layer, *shape) for layer in layer_names(name, holder)]
