@@ -13,6 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import small_models
+import small_runs
 import torch
 from shared_data import MINILM, SHARED, STORIES, VIT, needs_minilm, needs_shared
 
@@ -414,6 +416,15 @@ def test_max_length_fits_the_tokenizer(stories, write):
     assert len(data.prepare(raw, stories, ours).train[0]["input_ids"]) == 512
     with pytest.raises(ValueError, match="max_length=513 is more than the 512 tokens"):
         data.prepare(raw, stories, ours.replace(max_length=513))
+
+
+def test_max_length_is_held_against_the_positions_a_model_has_learned(write, tmp_path):
+    folder = small_runs.base(tmp_path / "gpt2", small_models.gpt2())
+    ours = recipe(model_name_or_path=folder, dataset_name=write("a.txt", "a cat sat. " * 90), eval_fraction=0.0)
+    raw, tokenizer = data.read_splits(ours), models.load_processor(str(folder), task="causal-lm")
+    assert max(map(len, data.prepare(raw, tokenizer, ours).train["input_ids"])) == 64
+    with pytest.raises(ValueError, match=r"max_length=65 is more than the 64 tokens .* give at most 64"):
+        data.prepare(raw, tokenizer, ours.replace(max_length=65))
 
 
 # Prompt and completion ----------------------------------------------------------------------------------------------

@@ -13,11 +13,14 @@ DEFAULT_MAX_LENGTH = 512
 
 def longest(recipe: DataRecipe, tokenizer: Any) -> int:
     """Tokens of the longest row. Raises: ValueError."""
-    allowed = tokenizer.model_max_length  # a huge number where the tokenizer does not know
+    allowed = tokenizer.model_max_length  # a huge number where neither tokenizer nor model know one
     if recipe.max_length is None:
         return min(DEFAULT_MAX_LENGTH, allowed)
     if recipe.max_length > allowed:
-        raise ValueError(f"max_length={recipe.max_length} is more than the {allowed} tokens that the tokenizer allows")
+        raise ValueError(
+            f"max_length={recipe.max_length} is more than the {allowed} tokens that the model and its tokenizer allow; "
+            f"give at most {allowed}"
+        )
     return recipe.max_length
 
 
