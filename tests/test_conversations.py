@@ -1,15 +1,17 @@
 """Conversations: what of them is scored, beside transformers' own mask; templates of other ways; what is refused."""
 
 import json
+import random
 from pathlib import Path
 
 import pytest
 import small_runs
+from shared_data import MINILM, STORIES, needs_minilm, needs_shared
 
 from beyondlora import data, models
 from beyondlora.compare.held_out import check_apart, cut_off
 from beyondlora.data.conversations import Writer
-from beyondlora.data.tokens import NOT_SCORED
+from beyondlora.data.tokens import NOT_SCORED, ids_of, tokenize_stretches
 from beyondlora.evaluate import evaluate, load_processor
 from beyondlora.recipe import Recipe
 from beyondlora.train import train
@@ -107,6 +109,40 @@ def test_published_templates_score_what_trls_forms_of_them_do(name):
     # This tokenizer has not their tokens for an end, so its own follows; Phi-3's template writes that itself.
     assert ours.removesuffix("<eos>") == tokenizer.decode(theirs).removesuffix("<eos>")
     assert ours.endswith("<eos>")
+
+
+def by_the_whole(tokenizer, row):
+    """The definition: a stretch's tokens are what the text up to it has more than the text before it."""
+    parts, so_far = [], []
+    for at, stretch in enumerate(row):
+        whole = ids_of(tokenizer, ["".join(row[: at + 1])])[0]
+        parts.append(whole[len(so_far) :] if whole[: len(so_far)] == so_far else ids_of(tokenizer, [stretch])[0])
+        so_far = [*so_far, *parts[-1]]
+    return parts
+
+
+@pytest.mark.parametrize(
+    "name", ["demo", pytest.param(STORIES, marks=needs_shared), pytest.param(MINILM, marks=needs_minilm)]
+)
+@pytest.mark.parametrize("ends", ["\n", " ", ""], ids=["lines", "blanks", "inside words"])
+def test_stretches_have_the_tokens_of_the_whole_conversation(name, ends):
+    draw, tokenizer = random.Random(0), models.load_processor(str(name), task="causal-lm")
+    words = ["Once", "upon", "a", "time", "it's", "123", "<s>", "...", "x  y"]
+    rows = [[" ".join(draw.choices(words, k=draw.randint(0, 60))) + ends for _ in range(12)] for _ in range(20)]
+    assert list(tokenize_stretches(tokenizer, rows)) == [by_the_whole(tokenizer, row) for row in rows]
+
+
+def test_the_cost_of_a_conversation_grows_with_its_length():
+    tokenizer, tokenized = models.load_processor("demo", task="causal-lm"), 0
+
+    def counting(texts, **options):
+        nonlocal tokenized
+        tokenized += sum(map(len, texts))
+        return tokenizer(texts, **options)
+
+    row = [f"question {number}\n" * 5 for number in range(400)]
+    list(tokenize_stretches(counting, [row]))
+    assert tokenized < 20 * len("".join(row))  # each with what is before it, up to 256 characters; it was 200 times
 
 
 def test_what_nobody_asked_for_and_nobody_answered_is_not_scored(made):

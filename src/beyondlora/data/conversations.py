@@ -118,5 +118,11 @@ class Writer:
 
 def _common(first: str, second: str) -> int:
     """How many characters two texts begin with alike."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((at for at, (one, other) in pairs if one != other), min(len(first), len(second)))
+    alike, least = 0, min(len(first), len(second))
+    while alike < least:  # by halves, which compare whole stretches at once
+        middle = (alike + least + 1) // 2
+        if first[alike:middle] == second[alike:middle]:
+            alike = middle
+        else:
+            least = middle - 1
+    return alike
