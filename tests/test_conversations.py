@@ -27,6 +27,8 @@ THINKING = """{% for m in messages %}[{{ m.role }}]
 ALTERNATING = """{% for m in messages %}{% if (m.role == "user") != (loop.index0 % 2 == 0) %}\
 {{ raise_exception("roles must alternate") }}{% endif %}[{{ m.role }}]{{ m.content }}{% endfor %}"""
 
+PUBLISHED = ["cohere2", "gemma3", "lfm2", "llama3", "phi3", "qwen3_instruct_2507"]  # of trl's
+
 TALKS = [
     [
         {"role": "system", "content": "You tell short stories."},
@@ -92,7 +94,7 @@ def test_what_the_assistant_says_is_scored_and_nothing_else(made, talks):
     assert "last answer" not in splits.description
 
 
-@pytest.mark.parametrize("name", ["cohere2", "gemma3", "lfm2", "llama3", "phi3", "qwen3_instruct_2507"])
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_published_templates_score_what_trls_forms_of_them_do(name):
     """TRL ships the templates of many models, and forms of them for training that mark what the assistant says."""
     folder = Path(pytest.importorskip("trl").__file__).parent / "chat_templates"
@@ -143,6 +145,55 @@ def test_the_cost_of_a_conversation_grows_with_its_length():
     row = [f"question {number}\n" * 5 for number in range(400)]
     list(tokenize_stretches(counting, [row]))
     assert tokenized < 20 * len("".join(row))  # each with what is before it, up to 256 characters; it was 200 times
+
+
+def long_talk(turns):
+    """A conversation in which one turn in three calls a tool first."""
+    talk = [{"role": "system", "content": "You count."}]
+    for number in range(turns):
+        talk.append({"role": "user", "content": f"And after {number}?"})
+        if number % 3 == 2:
+            call = {"name": "add", "arguments": {"to": number}}
+            talk.append({"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]})
+            talk.append({"role": "tool", "content": str(number + 1)})
+        talk.append({"role": "assistant", "content": f"Then comes {number + 1}."})
+    return talk
+
+
+NUMBERED = "{% for m in messages %}[{{ loop.index }} {{ m.role }}]{{ m.content }}{% endfor %}"
+ENDING = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{{ eos_token }}"
+
+
+@pytest.mark.parametrize("turns", [17, 31, 32, 50])
+@pytest.mark.parametrize("template", [CHATML, THINKING, NUMBERED, ENDING, *PUBLISHED])
+def test_a_long_conversation_has_the_stretches_that_its_template_gives_one_by_one(template, turns):
+    tokenizer, talk = models.load_processor("demo", task="causal-lm"), long_talk(turns)
+    if template in PUBLISHED:
+        file = Path(pytest.importorskip("trl").__file__).parent / "chat_templates" / f"{template}.jinja"
+        if not file.exists():
+            pytest.skip("this trl has no such template")
+        template = file.read_text(encoding="utf-8")
+        talk = [message for message in talk if message["role"] != "tool" and "tool_calls" not in message]
+    tokenizer.chat_template = template
+    answers = [at for at, message in enumerate(talk) if message["role"] == "assistant"]
+    writer = Writer(tokenizer)
+    assert writer._counted(talk, answers) == writer._one_by_one(talk, answers)
+
+
+def test_writing_a_conversation_costs_what_its_length_does(monkeypatch):
+    tokenizer, written = models.load_processor("demo", task="causal-lm"), 0
+    tokenizer.chat_template = CHATML
+    write = tokenizer.apply_chat_template
+
+    def counting(messages, **options):
+        nonlocal written
+        written += len(messages)
+        return write(messages, **options)
+
+    monkeypatch.setattr(tokenizer, "apply_chat_template", counting)
+    talk = [{"role": role, "content": str(number)} for number in range(200) for role in ("user", "assistant")]
+    assert len(Writer(tokenizer).stretches(talk, "row 1")[0]) == 400
+    assert written < 80 * len(talk)  # the few near each answer; it was 300 times, and grew
 
 
 def test_what_nobody_asked_for_and_nobody_answered_is_not_scored(made):
