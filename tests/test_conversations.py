@@ -1,16 +1,18 @@
 """Conversations: what of them is scored, beside transformers' own mask; templates of other ways; what is refused."""
 
 import json
+import random
 from pathlib import Path
 
 import pytest
 import small_runs
+from shared_data import MINILM, STORIES, needs_minilm, needs_shared
 
 from beyondlora import data, models
 from beyondlora.compare.held_out import check_apart, cut_off
 from beyondlora.data import read_splits
 from beyondlora.data.conversations import Writer
-from beyondlora.data.tokens import NOT_SCORED
+from beyondlora.data.tokens import NOT_SCORED, ids_of, tokenize_stretches
 from beyondlora.evaluate import evaluate, load_processor
 from beyondlora.recipe import Recipe
 from beyondlora.train import train
@@ -25,6 +27,8 @@ THINKING = """{% for m in messages %}[{{ m.role }}]
 {% endfor %}{% if add_generation_prompt %}[assistant]<think>{% endif %}"""
 ALTERNATING = """{% for m in messages %}{% if (m.role == "user") != (loop.index0 % 2 == 0) %}\
 {{ raise_exception("roles must alternate") }}{% endif %}[{{ m.role }}]{{ m.content }}{% endfor %}"""
+
+PUBLISHED = ["cohere2", "gemma3", "lfm2", "llama3", "phi3", "qwen3_instruct_2507"]  # of trl's
 
 TALKS = [
     [
@@ -91,7 +95,7 @@ def test_what_the_assistant_says_is_scored_and_nothing_else(made, talks):
     assert "last answer" not in splits.description
 
 
-@pytest.mark.parametrize("name", ["cohere2", "gemma3", "lfm2", "llama3", "phi3", "qwen3_instruct_2507"])
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_published_templates_score_what_trls_forms_of_them_do(name):
     """TRL ships the templates of many models, and forms of them for training that mark what the assistant says."""
     folder = Path(pytest.importorskip("trl").__file__).parent / "chat_templates"
@@ -108,6 +112,89 @@ def test_published_templates_score_what_trls_forms_of_them_do(name):
     # This tokenizer has not their tokens for an end, so its own follows; Phi-3's template writes that itself.
     assert ours.removesuffix("<eos>") == tokenizer.decode(theirs).removesuffix("<eos>")
     assert ours.endswith("<eos>")
+
+
+def by_the_whole(tokenizer, row):
+    """The definition: a stretch's tokens are what the text up to it has more than the text before it."""
+    parts, so_far = [], []
+    for at, stretch in enumerate(row):
+        whole = ids_of(tokenizer, ["".join(row[: at + 1])])[0]
+        parts.append(whole[len(so_far) :] if whole[: len(so_far)] == so_far else ids_of(tokenizer, [stretch])[0])
+        so_far = [*so_far, *parts[-1]]
+    return parts
+
+
+@pytest.mark.parametrize(
+    "name", ["demo", pytest.param(STORIES, marks=needs_shared), pytest.param(MINILM, marks=needs_minilm)]
+)
+@pytest.mark.parametrize("ends", ["\n", " ", ""], ids=["lines", "blanks", "inside words"])
+def test_stretches_have_the_tokens_of_the_whole_conversation(name, ends):
+    draw, tokenizer = random.Random(0), models.load_processor(str(name), task="causal-lm")
+    words = ["Once", "upon", "a", "time", "it's", "123", "<s>", "...", "x  y"]
+    rows = [[" ".join(draw.choices(words, k=draw.randint(0, 60))) + ends for _ in range(12)] for _ in range(20)]
+    assert list(tokenize_stretches(tokenizer, rows)) == [by_the_whole(tokenizer, row) for row in rows]
+
+
+def test_the_cost_of_a_conversation_grows_with_its_length():
+    tokenizer, tokenized = models.load_processor("demo", task="causal-lm"), 0
+
+    def counting(texts, **options):
+        nonlocal tokenized
+        tokenized += sum(map(len, texts))
+        return tokenizer(texts, **options)
+
+    row = [f"question {number}\n" * 5 for number in range(400)]
+    list(tokenize_stretches(counting, [row]))
+    assert tokenized < 20 * len("".join(row))  # each with what is before it, up to 256 characters; it was 200 times
+
+
+def long_talk(turns):
+    """A conversation in which one turn in three calls a tool first."""
+    talk = [{"role": "system", "content": "You count."}]
+    for number in range(turns):
+        talk.append({"role": "user", "content": f"And after {number}?"})
+        if number % 3 == 2:
+            call = {"name": "add", "arguments": {"to": number}}
+            talk.append({"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]})
+            talk.append({"role": "tool", "content": str(number + 1)})
+        talk.append({"role": "assistant", "content": f"Then comes {number + 1}."})
+    return talk
+
+
+NUMBERED = "{% for m in messages %}[{{ loop.index }} {{ m.role }}]{{ m.content }}{% endfor %}"
+ENDING = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{{ eos_token }}"
+
+
+@pytest.mark.parametrize("turns", [17, 31, 32, 50])
+@pytest.mark.parametrize("template", [CHATML, THINKING, NUMBERED, ENDING, *PUBLISHED])
+def test_a_long_conversation_has_the_stretches_that_its_template_gives_one_by_one(template, turns):
+    tokenizer, talk = models.load_processor("demo", task="causal-lm"), long_talk(turns)
+    if template in PUBLISHED:
+        file = Path(pytest.importorskip("trl").__file__).parent / "chat_templates" / f"{template}.jinja"
+        if not file.exists():
+            pytest.skip("this trl has no such template")
+        template = file.read_text(encoding="utf-8")
+        talk = [message for message in talk if message["role"] != "tool" and "tool_calls" not in message]
+    tokenizer.chat_template = template
+    answers = [at for at, message in enumerate(talk) if message["role"] == "assistant"]
+    writer = Writer(tokenizer)
+    assert writer._counted(talk, answers) == writer._one_by_one(talk, answers)
+
+
+def test_writing_a_conversation_costs_what_its_length_does(monkeypatch):
+    tokenizer, written = models.load_processor("demo", task="causal-lm"), 0
+    tokenizer.chat_template = CHATML
+    write = tokenizer.apply_chat_template
+
+    def counting(messages, **options):
+        nonlocal written
+        written += len(messages)
+        return write(messages, **options)
+
+    monkeypatch.setattr(tokenizer, "apply_chat_template", counting)
+    talk = [{"role": role, "content": str(number)} for number in range(200) for role in ("user", "assistant")]
+    assert len(Writer(tokenizer).stretches(talk, "row 1")[0]) == 400
+    assert written < 80 * len(talk)  # the few near each answer; it was 300 times, and grew
 
 
 def test_what_nobody_asked_for_and_nobody_answered_is_not_scored(made):

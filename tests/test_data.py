@@ -14,6 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import small_models
+import small_runs
 import torch
 from shared_data import MINILM, SHARED, STORIES, VIT, needs_minilm, needs_shared
 
@@ -119,6 +121,58 @@ def test_a_folder_holds_one_file_or_more_shards_a_split(write, tmp_path):
         data.read_rows(str(tmp_path), split="train")
 
 
+def test_only_numbered_files_are_shards(write, tmp_path):
+    for name in ("train.jsonl", "train-small.jsonl", "train-backup-2023.jsonl", "train.old.jsonl"):
+        write(name, [{"a": name}])
+    assert data.read_rows(str(tmp_path))["a"][:] == ["train.jsonl"]
+    (tmp_path / "train.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no file of the split 'train'.*holds train-backup-2023\.jsonl"):
+        data.read_rows(str(tmp_path))
+    for number in range(2):
+        write(f"train-0000{number}-of-00002.jsonl", [{"a": number}])
+    assert data.read_rows(str(tmp_path))["a"][:] == [0, 1]
+    write("test.jsonl", [{"a": 1}])
+    write("test.jsonl.gz", gzip.compress(b'{"a": 1}'))
+    with pytest.raises(ValueError, match=r"stands there twice: test\.jsonl, test\.jsonl\.gz"):
+        data.read_rows(str(tmp_path), split="test")
+    write("train.jsonl", [{"a": 2}])
+    with pytest.raises(ValueError, match=r"stands there twice: train-00000-of-00002\.jsonl, .*, train\.jsonl"):
+        data.read_rows(str(tmp_path))
+
+
+def test_a_missing_shard_is_told(write, tmp_path):
+    write("train-00000-of-00002-0123456789abcdef.jsonl", [{"a": 1}])
+    with pytest.raises(ValueError, match="not as many as their names say"):
+        data.read_rows(str(tmp_path))
+
+
+def test_shards_whose_types_differ_are_joined_where_they_can_be(write, tmp_path):
+    write("train-0.jsonl", [{"text": "a", "label": 1, "talk": [{"role": "user"}], "more": 1}])
+    write("train-1.jsonl", [{"text": "b", "label": 1.5, "talk": [{"role": "user", "name": "Tim"}], "more": "x"}])
+    rows = data.read_rows(str(tmp_path), fields=["text", "label", "talk"])
+    assert rows["label"][:] == [1.0, 1.5]
+    assert rows["talk"][:] == [[{"role": "user", "name": None}], [{"role": "user", "name": "Tim"}]]
+    with pytest.raises(ValueError, match=r"the fields of train-0\.jsonl, train-1\.jsonl do not go together .*more"):
+        data.read_rows(str(tmp_path), fields=["text", "more"])
+
+
+def test_shards_keep_their_classes_and_may_differ_in_what_is_not_read(tmp_path):
+    names = datasets.ClassLabel(names=["bad", "good"])
+    for number, (score, more) in enumerate([(1, 2), (1.5, "x")]):
+        rows = datasets.Dataset.from_dict({"label": [number], "score": [score], "more": [more]})
+        rows.cast_column("label", names).to_parquet(tmp_path / f"train-{number}.parquet")
+    rows = data.read_rows(str(tmp_path), fields=["label", "score"])
+    assert rows[:] == {"label": [0, 1], "score": [1.0, 1.5]}
+    assert rows.features["label"] == names
+
+
+def test_long_cells_and_blank_lines_of_a_csv_are_read(write):
+    allowed = csv.field_size_limit()
+    path = write("a.csv", f'\n\na,b\n"{"word " * 40_000}",1\n\nx,2\n')
+    assert data.read_rows(str(path))[:] == {"a": ["word " * 40_000, "x"], "b": ["1", "2"]}
+    assert csv.field_size_limit() == allowed
+
+
 def test_what_datasets_saved_is_read(tmp_path):
     rows = datasets.Dataset.from_dict({"a": [1, 2]})
     datasets.DatasetDict({"train": rows, "test": rows.select([1])}).save_to_disk(tmp_path / "d")
@@ -140,6 +194,14 @@ def test_what_datasets_saved_is_read(tmp_path):
         ("a.json", b'{"rows": [{"a": 1}]}', "expected a list of objects"),
         ("a.json", b'[{"a": 1}, 2]', "row 2: a number; every row must be a JSON object"),
         ("a.jsonl", b'{"a": 1}\n{"a": "x"}\n', "row 2: field 'a' holds a text, row 1 a number"),
+        ("a.jsonl", b'{"a": null}\n{"a": 1}\n{"a": 2}\n{"a": [3]}\n', "row 4: field 'a' holds a list, row 2 a number"),
+        ("a.jsonl", b'{"a": [1]}\n{"a": [2]}\n{"a": ["x"]}\n{"a": [4]}', "row 3: field 'a' holds .* another type"),
+        (
+            "a.jsonl",
+            b'{"a": 1}\n{"a": 99999999999999999999}\n',
+            "row 2: field 'a' holds a whole number of more than 64",
+        ),
+        ("a.jsonl", b'{"a": "b"}\n{"a": "c\\ud83d"}\n', r"row 2: field 'a' holds '\\ud83d', one half of a character"),
         ("a.jsonl", b'{"a": "b"}\n{"a": "caf\xe9"}\n', "line 2: byte 0xe9 is not UTF-8"),
         ("a.tsv", b"a\tb\n1\t2\n3\n", "line 3: 1 fields, but the header has 2"),
         ("a.csv", b'a,b\n1,"2\n', "line 3: not valid CSV|line 2: not valid CSV"),
@@ -337,6 +399,12 @@ def test_a_label_outside_the_named_classes_is_refused(tmp_path):
             data.read_splits(classification(dataset_name=tmp_path / "a.parquet", eval_fraction=0.0))
 
 
+def test_a_class_may_be_called_like_no_number(write):
+    path = write("a.jsonl", [{"sentence": "s", "label": label} for label in ("--5", "7", "-5")])
+    ours = classification(dataset_name=path, eval_fraction=0.0)
+    assert data.read_splits(ours).label_names == ["-5", "7", "--5"]
+
+
 def test_classes_that_training_never_showed_are_listed(write):
     train = write("a.jsonl", [{"sentence": "s", "label": label} for label in "ab"])
     test = write("b.jsonl", [{"sentence": "s", "label": label} for label in "adc"])
@@ -425,6 +493,15 @@ def test_max_length_fits_the_tokenizer(stories, write):
     assert len(data.prepare(raw, stories, ours).train[0]["input_ids"]) == 512
     with pytest.raises(ValueError, match="max_length=513 is more than the 512 tokens"):
         data.prepare(raw, stories, ours.replace(max_length=513))
+
+
+def test_max_length_is_held_against_the_positions_a_model_has_learned(write, tmp_path):
+    folder = small_runs.base(tmp_path / "gpt2", small_models.gpt2())
+    ours = recipe(model_name_or_path=folder, dataset_name=write("a.txt", "a cat sat. " * 90), eval_fraction=0.0)
+    raw, tokenizer = data.read_splits(ours), models.load_processor(str(folder), task="causal-lm")
+    assert max(map(len, data.prepare(raw, tokenizer, ours).train["input_ids"])) == 64
+    with pytest.raises(ValueError, match=r"max_length=65 is more than the 64 tokens .* give at most 64"):
+        data.prepare(raw, tokenizer, ours.replace(max_length=65))
 
 
 # Prompt and completion ----------------------------------------------------------------------------------------------

@@ -241,3 +241,22 @@ def test_a_folder_that_peft_saved_itself(house, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(house / "base")
     get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")).save_pretrained(tmp_path)
     assert evaluate(tmp_path, data=str(house / "text.txt"))["metrics"]["loss"]["value"] > 0
+
+
+def test_a_correlation_of_one_row_is_undefined_and_null_in_json(house, tmp_path):
+    scores, row = {"dataset_name": str(house / "sentences.jsonl"), "label_field": "score"}, tmp_path / "row.jsonl"
+    row.write_text('{"sentence1": "good cat", "score": 1.5}\n')
+    task = CLASSES | {"task": "sequence-regression", "eval_dataset_name": str(row), "output_dir": str(tmp_path / "run")}
+    summary = train(small_runs.recipe(house, **task, **scores, max_steps=1))
+    assert summary["metrics"]["pearson"]["n"] == 1
+
+    def refuse(word):
+        raise AssertionError(f"{word} is not JSON")
+
+    as_json, table = (
+        CliRunner().invoke(app, ["evaluate", str(tmp_path / "run"), *option]) for option in (["--json"], [])
+    )
+    printed = json.loads(as_json.stdout, parse_constant=refuse)
+    assert printed["metrics"]["pearson"] == {"value": None, "stderr": None, "n": 1}
+    assert "undefined" in table.stdout
+    assert "nan" not in table.stdout

@@ -4,6 +4,8 @@ import shutil
 
 import huggingface_hub.constants
 import pytest
+import small_models
+import small_runs
 import torch
 import transformers
 from shared_data import MINILM, STORIES, VIT, needs_minilm, needs_shared
@@ -236,6 +238,46 @@ def test_a_tokenizer_pads_on_the_right_and_with_the_end_token_where_it_has_no_pa
     edit(stories / "tokenizer_config.json", pad_token=None, eos_token=None, unk_token=None)
     with pytest.raises(ValueError, match="no pad, end or unknown token"):
         models.load_processor(str(stories), task="causal-lm")
+
+
+TINY = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 48,
+    "pad_token_id": 1,
+}
+
+
+@pytest.mark.parametrize(
+    ("task", "model"),
+    [
+        ("causal-lm", small_models.gpt2()),
+        ("causal-lm", transformers.OPTForCausalLM(transformers.OPTConfig(**TINY, word_embed_proj_dim=16, ffn_dim=16))),
+        ("sequence-classification", small_models.bert()),
+        ("sequence-classification", transformers.RobertaForSequenceClassification(transformers.RobertaConfig(**TINY))),
+    ],
+    ids=["gpt2", "opt", "bert", "roberta"],
+)
+def test_rows_are_no_longer_than_the_positions_a_model_has_learned(task, model, tmp_path):
+    tokenizer = models.load_processor(str(small_runs.base(tmp_path, model)), task=task)
+    longest = tokenizer.model_max_length
+    model(torch.full((1, longest), 5))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(torch.full((1, longest + 1), 5))
+
+
+def test_models_that_compute_positions_go_beyond_what_their_config_names(tmp_path):
+    tokenizer = models.load_processor(str(small_runs.base(tmp_path)), task="causal-lm")
+    assert tokenizer.model_max_length > 1e6
+    small_models.llama()(torch.full((1, 80), 5))  # which names 64
+
+
+def test_looking_for_positions_draws_nothing(tmp_path):
+    folder, before = small_runs.base(tmp_path, small_models.gpt2()), torch.get_rng_state()
+    models.load_processor(str(folder), task="causal-lm")
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @needs_shared

@@ -22,7 +22,7 @@ from rich.markup import escape
 from . import __version__, chatter  # noqa: F401  (which works by being imported)
 from .interrupts import ASKED_TO_END, Terminated, terminate
 from .recipe import Recipe
-from .run_folder import RunFolder
+from .run_folder import RunFolder, finite
 from .tables import show_analysis, show_figures, show_gap
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def evaluate(
         if not _is_first_process():
             return
         if as_json:
-            typer.echo(json.dumps(result, indent=2))
+            _print_json(result)
         else:
             how = " (merged)" if merged else ""
             show_figures(f"{result['adapter']}{how} on {result['data']}, {result['seconds']:.0f} s", result["metrics"])
@@ -154,7 +154,7 @@ def analyse(
             targets, data=data, recipe=loaded, out=out, max_tokens=max_tokens, progress=_progress()
         )
         if as_json:
-            typer.echo(json.dumps(result, indent=2))
+            _print_json(result)
         else:
             show_analysis(result, _say)
         if out is not None:
@@ -211,7 +211,7 @@ def export(
             progress=_progress(),
         )
         if as_json:
-            typer.echo(json.dumps(record, indent=2))
+            _print_json(record)
             return
         show_gap(record, every_layer=report)
         _say(f"Written: {folder}. To serve it:")
@@ -332,13 +332,16 @@ def doctor(
         progress = _progress()
         if loaded is not None:
             found = examination.try_recipe(loaded, progress)
-            typer.echo(json.dumps(found, indent=2) if as_json else _verdict(found))
+            if as_json:
+                _print_json(found)
+            else:
+                typer.echo(_verdict(found))
             return
         with _bar(progress, "probing") as on_row:
             matrix = examination.probe_methods(on_row)
         findings = (examination.describe_environment(), matrix, examination.probe_optimizers())
         if as_json:
-            typer.echo(json.dumps(examination.as_json(*findings), indent=2))
+            _print_json(examination.as_json(*findings))
         elif as_markdown:
             typer.echo(examination.as_markdown(*findings))
         else:
@@ -421,6 +424,10 @@ def _warnings_said() -> Iterator[None]:
 
 def _say(message: str) -> None:
     messages.print(escape(message), soft_wrap=True, highlight=False)
+
+
+def _print_json(content: Any) -> None:
+    typer.echo(json.dumps(finite(content), indent=2))
 
 
 def _progress() -> "Progress":

@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,7 @@ RESAMPLES = 400  # of the bootstrap; its own error on a standard error is then a
 
 @dataclass(frozen=True)
 class Measurement:
-    """One figure, its standard error (None where the rows allow none) and the number of rows behind it."""
+    """One figure (nan where the rows leave it undefined), its standard error (None where they allow none), the rows."""
 
     value: float
     stderr: float | None
@@ -184,29 +183,76 @@ def _classification_scores(logits: torch.Tensor, labels: torch.Tensor, resample:
     count, accuracy = len(true), float((predicted == true).mean())
     scores = {
         "loss": mean_of(losses),
-        "accuracy": Measurement(accuracy, math.sqrt(accuracy * (1 - accuracy) / count), count),
+        "accuracy": Measurement(accuracy, math.sqrt(accuracy * (1 - accuracy) / count) if count > 1 else None, count),
     }
     if resample:
         from sklearn.metrics import f1_score, matthews_corrcoef
 
         with warnings.catch_warnings():  # all rows of one class: the figures are 0, which needs no advice
             warnings.simplefilter("ignore")
-            scores["matthews"] = _jackknifed(matthews_corrcoef, true, predicted)
-            scores["f1_macro"] = _jackknifed(partial(f1_score, average="macro", zero_division=0), true, predicted)
+            values = matthews_corrcoef(true, predicted), f1_score(true, predicted, average="macro", zero_division=0)
+        cells = _Cells.of(true, predicted)
+        for name, value, without in zip(("matthews", "f1_macro"), values, (_matthews, _f1_macro), strict=True):
+            scores[name] = Measurement(float(value), _jackknifed(without(cells), cells.counts), count)
     return scores
 
 
-def _jackknifed(statistic: Callable[..., float], true: np.ndarray, predicted: np.ndarray) -> Measurement:
-    """A statistic of a confusion matrix; its error by leaving out each row in turn, once for all rows of a cell."""
-    cells, counts = np.unique(np.stack([true, predicted]), axis=1, return_counts=True)
-    count, value = len(true), float(statistic(true, predicted))
+@dataclass(frozen=True)
+class _Cells:
+    """The cells of a confusion matrix that hold rows, and what its classes (C of them) count."""
+
+    true: np.ndarray  # of each cell: its class's number
+    predicted: np.ndarray
+    counts: np.ndarray  # of each cell: its rows
+    labelled: np.ndarray  # (C,): rows that are of each class,
+    named: np.ndarray  # (C,): rows that are said to be,
+    right: np.ndarray  # (C,): and rows that are both
+
+    @classmethod
+    def of(cls, true: np.ndarray, predicted: np.ndarray) -> "_Cells":
+        names, numbers = np.unique(np.stack([true, predicted]), return_inverse=True)
+        (t, p), counts = np.unique(numbers.reshape(2, -1), axis=1, return_counts=True)
+        labelled, named, right = (
+            np.bincount(of, rows, len(names)) for of, rows in ((t, counts), (p, counts), (t, counts * (t == p)))
+        )
+        return cls(t, p, counts, labelled, named, right)
+
+
+def _matthews(cells: _Cells) -> np.ndarray:
+    """Matthews (Gorodkin's R_K) without one row of each cell; 0 where one side has a single class left."""
+    t, p, right = cells.true, cells.predicted, cells.true == cells.predicted
+    true_C, predicted_C = cells.labelled, cells.named
+    left = cells.counts.sum() - 1.0
+    by_chance = true_C @ predicted_C - predicted_C[t] - true_C[p] + right
+    spread = np.sqrt(left**2 - (true_C @ true_C - 2 * true_C[t] + 1)) * np.sqrt(
+        left**2 - (predicted_C @ predicted_C - 2 * predicted_C[p] + 1)
+    )
+    agreed = (cells.right.sum() - right) * left
+    return np.divide(agreed - by_chance, spread, out=np.zeros_like(spread), where=spread > 0)
+
+
+def _f1_macro(cells: _Cells) -> np.ndarray:
+    """Macro F1 without one row of each cell: over the classes that are still there, in truth or in prediction."""
+    t, p, right = cells.true, cells.predicted, cells.true == cells.predicted
+    right_C, named_C = cells.right, cells.labelled + cells.named
+    f1_C = 2 * right_C / named_C
+    total, classes = np.full(len(t), f1_C.sum()), np.full(len(t), float(len(f1_C)))
+    # A right row stands twice in its class, a wrong one once in each of two.
+    for touched, fewer, where in ((t, 1 + right, True), (p, 1, ~right)):
+        named = named_C[touched] - fewer
+        f1 = np.divide(2 * (right_C[touched] - right), named, out=np.zeros(len(t)), where=named > 0)
+        total += np.where(where, f1 - f1_C[touched], 0)
+        classes -= (named == 0) & where
+    return np.divide(total, classes, out=np.zeros(len(t)), where=classes > 0)
+
+
+def _jackknifed(without_one: np.ndarray, counts: np.ndarray) -> float | None:
+    """The standard error from a figure without each row in turn, given once for all rows of a cell."""
+    count = counts.sum()
     if count < 2:
-        return Measurement(value, None, count)
-    cell_numbers = range(len(counts))
-    without_one = np.array([statistic(*cells, sample_weight=counts - np.eye(len(counts))[i]) for i in cell_numbers])
+        return None
     mean = np.average(without_one, weights=counts)
-    variance = (count - 1) / count * (counts * (without_one - mean) ** 2).sum()
-    return Measurement(value, math.sqrt(variance), count)
+    return math.sqrt((count - 1) / count * (counts * (without_one - mean) ** 2).sum())
 
 
 def _regression_scores(predicted: np.ndarray, true: np.ndarray, resample: bool) -> Measurements:
@@ -229,22 +275,22 @@ def _bootstrapped(statistic: Callable[..., float], true: np.ndarray, predicted: 
     """A statistic of paired rows; its error from resampled rows, always the same ones (seed 0)."""
     from scipy.stats import bootstrap
 
+    if len(true) < 2:
+        return Measurement(math.nan, None, len(true))
     with warnings.catch_warnings():  # a constant sample has no correlation: it gives nan, which is left out below
         warnings.simplefilter("ignore")
         value = float(statistic(true, predicted))
-        stderr = None
-        if len(true) > 1:
-            resampled = bootstrap(
-                (true, predicted),
-                statistic,
-                paired=True,
-                vectorized=False,
-                n_resamples=RESAMPLES,
-                method="percentile",
-                rng=np.random.default_rng(0),
-            )
-            stderr = float(np.nanstd(resampled.bootstrap_distribution, ddof=1))
-    return Measurement(value, stderr if stderr is not None and math.isfinite(stderr) else None, len(true))
+        resampled = bootstrap(
+            (true, predicted),
+            statistic,
+            paired=True,
+            vectorized=False,
+            n_resamples=RESAMPLES,
+            method="percentile",
+            rng=np.random.default_rng(0),
+        )
+        stderr = float(np.nanstd(resampled.bootstrap_distribution, ddof=1))
+    return Measurement(value, stderr if math.isfinite(stderr) else None, len(true))
 
 
 def as_dict(scores: Measurements) -> dict[str, dict[str, Any]]:

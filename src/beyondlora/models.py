@@ -11,6 +11,7 @@ import importlib.resources
 import importlib.util
 import inspect
 import logging
+import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -39,6 +40,12 @@ _AUTO_CLASSES: dict[str, Any] = {
     "image-classification": AutoModelForImageClassification,
 }
 _CONFIG_CLASS = re.compile(r"configuration class <class '(?:\w+\.)*(\w+)'>")
+_POSITIONS = {
+    "wpe",
+    "position_embeddings",
+    "embed_positions",
+    "positions_embed",
+}  # what tables of learned ones are called
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -127,7 +134,8 @@ def load_processor(
 ) -> PreTrainedTokenizerBase | BaseImageProcessor:
     """The tokenizer, or for images the image processor, that belongs to a model.
 
-    A tokenizer pads on the right and always has a pad token (its end token where it has none of its own). An image
+    A tokenizer pads on the right and always has a pad token (its end token where it has none of its own); its
+    `model_max_length` is no more than the positions that its model has learned, where it learns them. An image
     processor works with Pillow, with or without torchvision installed, so that two machines prepare the same pixels.
 
     Args:
@@ -144,9 +152,29 @@ def load_processor(
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token is None:
         raise ValueError(f"the tokenizer of {name_or_path!r} has no pad, end or unknown token to pad rows with")
+    tokenizer.model_max_length = min(tokenizer.model_max_length, _learned_positions(name_or_path, task))
     if chat_template_path is not None:
         tokenizer.chat_template = _read_template(Path(chat_template_path).expanduser())
     return tokenizer
+
+
+def _learned_positions(name: str, task: str) -> float:
+    """The tokens that a model's table of learned positions has rows for; infinite for models that compute positions.
+
+    Rotary positions go on for ever, whatever max_position_embeddings says; behind the end of a table is an IndexError.
+    """
+    try:
+        model = empty_base(name, task=task)
+    except (FileNotFoundError, ValueError, ImportError):  # loading the model explains that better
+        return math.inf
+    tables = [
+        module
+        for path, module in model.named_modules()
+        if isinstance(module, torch.nn.Embedding) and path.rpartition(".")[2] in _POSITIONS
+    ]
+    # OPT and BART count from an offset, RoBERTa from behind its pad token.
+    starts = (getattr(table, "offset", 0 if table.padding_idx is None else table.padding_idx + 1) for table in tables)
+    return min((table.num_embeddings - start for table, start in zip(tables, starts, strict=True)), default=math.inf)
 
 
 def _read_template(path: Path) -> str:

@@ -65,7 +65,7 @@ class Recipe:
         sentence1_field, sentence2_field: the one or two texts of a sequence task.
         label_field: the class (a whole number or a name) or, for sequence-regression, a number.
         image_field: the image: encoded bytes as the Image feature of `datasets` stores them, or a path.
-        max_length: tokens a row or a block of packed text; None = 512 or what the tokenizer allows, if that is less.
+        max_length: tokens a row or a block of packed text; None = 512, or what model and tokenizer allow if less.
         image_size: side in pixels that images are resized to; None = the model's own. A vision transformer interpolates
             its position embeddings.
 

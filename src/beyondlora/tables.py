@@ -1,5 +1,6 @@
 """What commands print on standard output: tables of results."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -72,12 +73,17 @@ def show_figures(title: str, metrics: dict[str, Any]) -> None:
         table.add_column(heading, justify="left" if heading == "metric" else "right")
     for name, score in metrics.items():
         stderr = "" if score["stderr"] is None else f"± {score['stderr']:.4f}"
-        value = f"{score['value']:,.0f}" if name == "tokens" else f"{score['value']:.4f}"
+        value = f"{score['value']:,.0f}" if name == "tokens" else _figure(score)
         table.add_row(name, value, stderr, f"{score['n']:,}")
     console = Console()
     console.print(title, markup=False, highlight=False)
     if metrics:
         console.print(table)
+
+
+def _figure(score: dict[str, Any]) -> str:
+    """A correlation of one row, or with a prediction that is always the same, is undefined; nan looks like a fault."""
+    return "undefined" if math.isnan(score["value"]) else f"{score['value']:.4f}"
 
 
 def show_gap(record: dict[str, Any], *, every_layer: bool) -> None:
@@ -105,5 +111,5 @@ def _show_scores(scores: dict[str, dict[str, Any]]) -> None:
     table = Table("metric", *scores)
     for name in scores["live"]:
         if name != "tokens":
-            table.add_row(name, *(f"{figures[name]['value']:.4f}" for figures in scores.values()))
+            table.add_row(name, *(_figure(figures[name]) for figures in scores.values()))
     Console().print(table)

@@ -14,6 +14,7 @@ from jinja2 import TemplateError
 
 Message = dict[str, Any]
 Stretch = tuple[str, bool]  # text, and whether the loss counts it
+CHUNK = 16  # answers whose borders are looked for at once
 
 ROLES_OF_SHAREGPT = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
@@ -94,6 +95,29 @@ class Writer:
 
     def _counted(self, messages: Sequence[Message], answers: Sequence[int]) -> list[Stretch] | None:
         """The stretches around these answers; None where the template rewrites what it has written."""
+        found = self._in_chunks(messages, answers) if len(answers) > CHUNK else None
+        return self._one_by_one(messages, answers) if found is None else found
+
+    def _in_chunks(self, messages: Sequence[Message], answers: Sequence[int]) -> list[Stretch] | None:
+        """The same by some answers at a time, behind the conversation's start; None where that is not the whole's text.
+
+        One by one, each answer has the template write all before it: the square of a conversation's length.
+        """
+        lead = answers[0] + 1
+        try:
+            found = self._one_by_one(messages, answers[:CHUNK]) or []
+            for first in range(CHUNK - 1, len(answers) - 1, CHUNK - 1):  # which is the last of the chunk before, again
+                part, since = answers[first : first + CHUNK], answers[first - 1] + 1
+                near = [*messages[:lead], *messages[since : part[-1] + 1]]
+                counted = self._one_by_one(near, [answers[0], *(at - since + lead for at in part)])
+                if counted is None:
+                    return None
+                found[-2:] = counted[2:]
+        except (TemplateError, TypeError, KeyError):  # near may be no conversation: a tool's answer without its call
+            return None
+        return found if "".join(text for text, _ in found) == self._written(messages[: answers[-1] + 1]) else None
+
+    def _one_by_one(self, messages: Sequence[Message], answers: Sequence[int]) -> list[Stretch] | None:
         found, done = list[Stretch](), ""
         for at in answers:
             opened, whole = self._written(messages[:at], add_generation_prompt=True), self._written(messages[: at + 1])
@@ -118,5 +142,11 @@ class Writer:
 
 def _common(first: str, second: str) -> int:
     """How many characters two texts begin with alike."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((at for at, (one, other) in pairs if one != other), min(len(first), len(second)))
+    alike, least = 0, min(len(first), len(second))
+    while alike < least:  # by halves, which compare whole stretches at once
+        middle = (alike + least + 1) // 2
+        if first[alike:middle] == second[alike:middle]:
+            alike = middle
+        else:
+            least = middle - 1
+    return alike

@@ -22,7 +22,7 @@ def class_names(rows: datasets.Dataset, recipe: DataRecipe) -> list[str]:
         raise ValueError(
             f"{recipe.dataset_name}: field {recipe.label_field!r} is {names.pop()!r} in every row; two classes needed"
         )
-    return sorted(names, key=lambda name: (0, int(name), "") if name.lstrip("-").isdecimal() else (1, 0, name))
+    return sorted(names, key=lambda name: (0, int(name), "") if name.removeprefix("-").isdecimal() else (1, 0, name))
 
 
 def with_labels(

@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ def read_rows(
     """The rows of a local file, a local folder or a hub data set, every named field present in every row.
 
     Args:
-        name: a file (json, jsonl, csv, tsv, txt, all also .gz; parquet), a folder with one file a split, or a hub name.
+        name: a file (json, jsonl, csv, tsv, txt, all also .gz; parquet), a folder with one file a split
+            (or shards of it, train-0, train-1 or train-00000-of-00002), or a hub name.
         split: which split of a folder or hub data set; a file has none.
         config: the hub data set's configuration.
         columns: names for the columns of a csv or tsv without a header line.
@@ -95,7 +97,7 @@ def _read_file(path: Path, columns: Sequence[str] | None, fields: Sequence[str] 
 def _read_folder(
     folder: Path, split: str, columns: Sequence[str] | None, fields: Sequence[str] | None
 ) -> datasets.Dataset:
-    """`<split>.<extension>`, or shards `<split>-*.<extension>`; or what Dataset.save_to_disk wrote."""
+    """`<split>.<extension>`, or shards `<split>-<number>.<extension>`; or what Dataset.save_to_disk wrote."""
     if (folder / "dataset_info.json").is_file():
         return datasets.load_from_disk(str(folder))
     if (folder / "dataset_dict.json").is_file():
@@ -105,17 +107,51 @@ def _read_folder(
         if folder.is_dir()
         else []
     )
-    found = [path for path in known if path.name.startswith((f"{split}.", f"{split}-"))]
+    # train-00000-of-00003, with the hub's checksum or without; train-small is another thing than the split
+    shard = re.compile(rf"{re.escape(split)}(-\d+(-of-(?P<of>\d+))?(-[0-9a-f]+)?)?")
+    found = {path: match for path in known if (match := shard.fullmatch(_stem(path)))}
     if not found:
         holds = ", ".join(path.name for path in known[:8]) or "no data file"
         raise FileNotFoundError(
-            f"{folder}: no file of the split {split!r}, such as {split}.jsonl; the folder holds {holds}"
+            f"{folder}: no file of the split {split!r}, such as {split}.jsonl or {split}-00000-of-00002.jsonl; the "
+            f"folder holds {holds}"
         )
-    if len({_extension(path) for path in found}) > 1:
+    listed = ", ".join(path.name for path in found)
+    if len({(path.name.removeprefix(_stem(path)), _stem(path) == split) for path in found}) > 1:
+        raise ValueError(f"{folder}: the split {split!r} stands there twice: {listed}; name one file")
+    numbers = {match["of"] for match in found.values()}
+    if numbers != {None} and {int(of or 0) for of in numbers} != {len(found)}:
         raise ValueError(
-            f"{folder}: the split {split!r} stands there twice: {', '.join(path.name for path in found)}; name one file"
+            f"{folder}: the shards of the split {split!r} are not as many as their names say ({listed}); fetch the "
+            "missing ones, or remove those of another version"
         )
-    return datasets.concatenate_datasets([_read_file(path, columns, fields) for path in found])
+    return _joined({path: _read_file(path, columns, fields) for path in found}, fields)
+
+
+def _stem(path: Path) -> str:
+    return path.name.removesuffix(".gz").rpartition(".")[0]
+
+
+def _joined(shards: dict[Path, datasets.Dataset], fields: Sequence[str] | None) -> datasets.Dataset:
+    """The rows of all shards, of the fields asked for; whole and broken numbers become broken ones."""
+    if fields is not None:
+        for path, shard in shards.items():
+            _check_names(fields, shard.column_names, str(path))
+        shards = {path: shard.select_columns(list(fields)) for path, shard in shards.items()}
+    parts = list(shards.values())
+    if all(part.features == parts[0].features for part in parts):
+        return datasets.concatenate_datasets(parts)
+    tables = [part.data.table.replace_schema_metadata(None) for part in parts]
+    try:
+        table = pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowException as error:
+        names = ", ".join(path.name for path in shards)
+        raise ValueError(
+            f"{next(iter(shards)).parent}: the fields of {names} do not go together ({error}); give each one type"
+        ) from None
+    features = datasets.Features.from_arrow_schema(table.schema)
+    kept = {name: kind for name, kind in parts[0].features.items() if all(p.features.get(name) == kind for p in parts)}
+    return datasets.Dataset(table.cast(datasets.Features(features | kept).arrow_schema))
 
 
 def _read_hub(name: str, config: str | None, split: str) -> datasets.Dataset:
@@ -204,12 +240,34 @@ def _from_records(records: list[dict[str, Any]], fields: Sequence[str] | None, p
 def _column(values: list[Any], name: str, path: Path) -> pa.Array:
     try:
         return pa.array(values)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
-        kinds = [_kind(value) for value in values]
-        other = next((i for i, kind in enumerate(kinds) if kind not in (kinds[0], "null")), 0)
-        raise ValueError(
-            f"{path}, row {other + 1}: field {name!r} holds a {kinds[other]}, row 1 a {kinds[0]}; it needs one type"
-        ) from None
+    except _MISFITS as error:
+        row, reason = _misfit(values, error)
+        raise ValueError(f"{path}, row {row}: field {name!r} holds {reason}") from None
+
+
+_MISFITS = (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, UnicodeEncodeError)
+
+
+def _misfit(values: list[Any], error: Exception) -> tuple[int, str]:
+    """The first row that does not go with those before it, from 1, and why."""
+    fits, row = 0, len(values)  # so many go together, and so many do not
+    while row - fits > 1:
+        middle = (row + fits) // 2
+        try:
+            pa.array(values[:middle])
+            fits = middle
+        except _MISFITS as earlier:
+            row, error = middle, earlier
+    kinds = [_kind(value) for value in values[:row]]
+    first = next((number for number, kind in enumerate(kinds, start=1) if kind != "null"), row)
+    if kinds[-1] != kinds[first - 1]:
+        return row, f"a {kinds[-1]}, row {first} a {kinds[first - 1]}; it needs one type"
+    if isinstance(error, OverflowError):
+        return row, "a whole number of more than 64 bits; write it as text"
+    if isinstance(error, UnicodeEncodeError):
+        half = error.object[error.start : error.end]
+        return row, f"{half!r}, one half of a character, which is no text; write the whole character or leave it out"
+    return row, f"something of another type than the rows before it ({error}); it needs one type"
 
 
 def _read_csv(path: Path, columns: Sequence[str] | None, fields: Sequence[str] | None) -> datasets.Dataset:
@@ -218,11 +276,16 @@ def _read_csv(path: Path, columns: Sequence[str] | None, fields: Sequence[str] |
     def numbered() -> Iterator[tuple[int, list[str]]]:
         try:
             for cells in reader:
-                yield reader.line_num, cells
+                if cells:  # no blank line
+                    yield reader.line_num, cells
         except csv.Error as error:
             raise ValueError(f"{path}, line {reader.line_num}: not valid CSV ({error})") from None
 
-    return _from_cells(numbered(), columns, path)
+    allowed = csv.field_size_limit(2**31 - 1)  # of the whole process: 131,072 characters a cell
+    try:
+        return _from_cells(numbered(), columns, path)
+    finally:
+        csv.field_size_limit(allowed)
 
 
 def _read_tsv(path: Path, columns: Sequence[str] | None, fields: Sequence[str] | None) -> datasets.Dataset:
@@ -239,12 +302,12 @@ def _from_cells(rows: Iterator[tuple[int, list[str]]], columns: Sequence[str] | 
         raise ValueError(f"{path}: the header {header} names a column twice")
     cells: list[list[str]] = [[] for _ in header]
     for number, row in rows:
-        if row and len(row) != len(header):
+        if len(row) != len(header):
             named = "columns names" if columns is not None else "the header has"
             raise ValueError(
                 f"{path}, line {number}: {len(row)} fields, but {named} {len(header)} ({', '.join(header)})"
             )
-        for column, cell in zip(cells, row, strict=False):
+        for column, cell in zip(cells, row, strict=True):
             column.append(cell)
     return datasets.Dataset(
         pa.table({name: pa.array(column, pa.large_string()) for name, column in zip(header, cells, strict=True)})

@@ -3,31 +3,49 @@
 import math
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 HASHES, BOXED = "####", r"\boxed{"
-NUMBER = re.compile(r"####\s*(-?[0-9][0-9.,]*)")
+# A number that goes on is none: 2/3, 2 1/2, 10:30, 2 + 3. "clips" or "%" behind it are left out.
+NUMBER = re.compile(r"####\s*(-?\.?[0-9][0-9.,]*+)(?P<more>[\w\\]|:\d|[ \t]*[/^*+=×÷]|[ \t]*-[ \t]*\d|[ \t]+\d)?")
 SECONDS = 3  # for one expression: a model may write a tower of powers
 
 
 def strict(text: str, reference: str) -> bool:
     """Whether a text ends as its reference does, in the reference's own format and with the same characters.
 
-    GSM8K: the number behind the first "####", thousands separators aside. MATH: what the last box holds, blanks aside.
+    GSM8K: the number behind the first "####", thousands separators aside; where the reference has none there ("Yes",
+    "1/2"), the rest of that line. MATH: what the last box holds, blanks aside. A reference without an answer where its
+    format has one (a box that never closes) makes nothing right.
     """
-    return _in_format(text, reference) == _in_format(reference, reference)
-
-
-def _in_format(text: str, reference: str) -> str | None:
-    """The answer in a text, looked for where the reference has its own."""
+    read: Callable[[str], str | None]
     if HASHES in reference:
-        found = NUMBER.search(text)
-        return found[1].replace(",", "").rstrip(".") if found else None
-    if BOXED in reference:
-        boxed = last_boxed(text)
-        return None if boxed is None else re.sub(r"\s", "", boxed)
-    return text.strip()
+        reference = _last_hashes(reference)
+        read = _rest_of_line if _number(reference) is None else _number
+    else:
+        read = _box if BOXED in reference else str.strip
+    answer = read(text)
+    return answer is not None and answer == read(reference)
+
+
+def _last_hashes(reference: str) -> str:
+    return HASHES + reference.rpartition(HASHES)[2]
+
+
+def _number(text: str) -> str | None:
+    found = NUMBER.search(text)
+    return found[1].replace(",", "").rstrip(".") if found and not found["more"] else None
+
+
+def _rest_of_line(text: str) -> str | None:
+    line = text.partition(HASHES)[2].strip().partition("\n")[0]
+    return " ".join(line.split()).removesuffix(".") or None
+
+
+def _box(text: str) -> str | None:
+    boxed = last_boxed(text)
+    return None if boxed is None else re.sub(r"\s", "", boxed)
 
 
 def last_boxed(text: str) -> str | None:
@@ -49,16 +67,16 @@ def right(text: str, reference: str) -> bool:
         return True
     from math_verify import verify
 
-    return bool(verify(_parsed(_gold(reference)), _parsed(text), timeout_seconds=_seconds()))
+    gold = _gold(reference)
+    return gold is not None and bool(verify(_parsed(rf"$\boxed{{{gold}}}$"), _parsed(text), timeout_seconds=_seconds()))
 
 
-def _gold(reference: str) -> str:
+def _gold(reference: str) -> str | None:
+    """The reference's answer by itself; None where its format holds none."""
     if HASHES in reference:
-        answer = reference.rpartition(HASHES)[2].strip().replace(",", "")
-    else:
-        boxed = last_boxed(reference)
-        answer = reference.strip() if boxed is None else boxed
-    return rf"$\boxed{{{answer}}}$"
+        last = _last_hashes(reference)
+        return _number(last) or _rest_of_line(last)
+    return last_boxed(reference) if BOXED in reference else reference.strip()
 
 
 def _parsed(text: str) -> list[Any]:
