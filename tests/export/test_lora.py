@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import beyondlora
 from beyondlora.export import lora_gap
+from beyondlora.tables import show_gap
 
 EXACT = [method for method in METHODS if method.merge == "exact"]
 exact_methods = pytest.mark.parametrize("method", EXACT, ids=lambda method: method.name)
@@ -127,6 +128,17 @@ def test_conv1d_of_gpt2(tmp_path):
     beyondlora.export_lora(model, tmp_path / "lora", base_model=BASE)
     loaded = PeftModel.from_pretrained(small_models.gpt2(), str(tmp_path / "lora"))
     torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-5)
+
+
+def test_a_single_number_has_no_first_class_to_agree_on(tmp_path, capsys):
+    base = small_models.bert()
+    base.classifier = nn.Linear(32, 1)
+    model = get_peft_model(base, beyondlora.StellaConfig(r=4, target_modules=["query"]))
+    batches = [{"input_ids": small_models.tokens()}]
+    record = beyondlora.export_lora(model, tmp_path / "lora", base_model=BASE, batches=batches)
+    assert record["top1_agreement"] is None
+    show_gap(record, every_layer=False)
+    assert "top-1" not in capsys.readouterr().out
 
 
 def test_pefts_own_conversion_agrees_with_ours(tmp_path):
@@ -344,6 +356,26 @@ def test_an_older_export_is_replaced_and_nothing_else_is(tmp_path):
     with pytest.raises(FileExistsError, match="no export wrote"):
         beyondlora.export_lora(stella(), tmp_path / "work", base_model=BASE)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lora", "work"]
+
+
+def test_the_folders_beside_an_export_are_left_alone_and_what_a_kill_left_is_cleaned_up(tmp_path):
+    for name in ("lora.old", "lora.partial", ".lora.beyondlora.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.txt").write_text("ten years")
+    for _ in range(2):
+        beyondlora.export_lora(stella(), tmp_path / "lora", base_model=BASE)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lora", "lora.old", "lora.partial"]
+    assert all((tmp_path / name / "thesis.txt").exists() for name in ("lora.old", "lora.partial"))
+
+
+def test_through_a_link_the_folder_behind_it_is_replaced(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "lora").symlink_to(tmp_path / "disk" / "adapters", target_is_directory=True)  # which is not there yet
+    beyondlora.export_lora(stella(), tmp_path / "lora", base_model=BASE)
+    beyondlora.export_lora(stella(r=2), tmp_path / "lora", base_model=BASE)
+    assert (tmp_path / "lora").is_symlink()
+    assert files(tmp_path / "disk" / "adapters")[0]["r"] == 2
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["adapters"]
 
 
 # What is refused -----------------------------------------------------------------------------------------------------
