@@ -201,7 +201,7 @@ def _check_passed(name: str, recorder: BranchRecorder | WholeRecorder) -> None:
     if not torch.isfinite(recorder.qr.factor()).all():
         raise ValueError(
             f"{name}: what passes here is not finite on this data (nan or infinity), and the adapter's weights are: "
-            "the base model is broken, or overflows in half precision. Load it in float32 (a recipe's `dtype: float32`)."
+            "the base model is broken, or overflows in half precision. Load it in float32 (recipe: `dtype: float32`)."
         )
 
 
