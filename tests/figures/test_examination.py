@@ -214,8 +214,8 @@ def test_options_are_literal_and_the_longer_one_wins():
 
 def test_looking_for_options_takes_no_time():
     started = time.perf_counter()
-    assert OPTIONS.search("Answer format: " + "a/" * 22 + "b or c") is None
-    assert time.perf_counter() - started < 0.5  # it doubled with every option: seconds here, hours with 35
+    assert OPTIONS.search("Answer format: " + "a/" * 27 + "b or c") is None
+    assert time.perf_counter() - started < 5  # it doubled with every option: half a minute here, hours with 35
 
 
 @needs_shared

@@ -14,9 +14,8 @@ import datasets
 from .fields import DataRecipe, answer_field, text_fields
 from .tokens import NOT_SCORED, head_of, ids_of, longest, tokenize_stretches
 
-OPTIONS = re.compile(
-    r"answer format:\s*([^\s/]+(?:/[^\s/]+)+)\s*$", re.IGNORECASE
-)  # the last line of LLM-Adapters' prompts
+# The last line of LLM-Adapters' prompts.
+OPTIONS = re.compile(r"answer format:\s*([^\s/]+(?:/[^\s/]+)+)\s*$", re.IGNORECASE)
 BY_LIKELIHOOD = "multiple_choice"  # generates nothing; all metrics whose names begin so are about options
 
 
