@@ -353,7 +353,7 @@ def _write_card(config: PeftConfig, folder: Path) -> None:
         f"---\nbase_model: {config.base_model_name_or_path}\nlibrary_name: peft\ntags:\n- beyondlora\n---\n\n"
         f"A {config.method} adapter. PEFT learns the method by an import:\n\n"
         "    import beyondlora\n    from peft import PeftModel\n\n"
-        f'    model = PeftModel.from_pretrained(base, "path/to/{folder.name.removesuffix(".partial")}")\n',
+        f'    model = PeftModel.from_pretrained(base, "path/to/{folder.name}")\n',
     )
 
 

@@ -11,7 +11,8 @@
     checkpoints/       what --resume starts from; gone once the run is finished
     .lock              held while a process trains here
 
-Files are written as NAME.partial and renamed; so are folders, whose predecessor steps aside as NAME.old.
+Files are written as .NAME.beyondlora.partial and renamed; folders are filled in a folder of that name, where their
+predecessor steps aside, too. No user's file is called so: what a kill leaves there is deleted the next time.
 """
 
 import contextlib
@@ -101,14 +102,14 @@ class RunFolder:
     def _strangers(self) -> list[str]:
         # A recipe is what a run writes first and what `clear` deletes last: without one, an `adapter` is somebody's.
         names = CONTENTS if self.recipe.exists() else [self.recipe.name]
-        ours = {name + suffix for name in names for suffix in ("", ".partial", ".old")} | {LOCK}
+        ours = {spelled for name in names for spelled in _spellings(name)} | {LOCK}
         return sorted(entry.name for entry in self.path.glob("*") if entry.name not in ours)
 
     def clear(self) -> None:
         """Delete what a run wrote here, and nothing else; the recipe last: half-cleared, it is still a run."""
         for name in reversed(CONTENTS):
-            for suffix in ("", ".partial", ".old"):
-                entry = self.path / (name + suffix)
+            for spelled in _spellings(name):
+                entry = self.path / spelled
                 if entry.is_dir() and not entry.is_symlink():
                     shutil.rmtree(entry)
                 else:
@@ -190,9 +191,19 @@ def _nearest_above(path: Path) -> Path:
     return next(folder for folder in path.absolute().parents if folder.exists())
 
 
+def _partial(path: Path) -> Path:
+    """Where a file or folder is written that is not whole yet: beside its place, so that renaming is enough."""
+    return path.with_name(f".{path.name}.beyondlora.partial")
+
+
+def _spellings(name: str) -> tuple[str, ...]:
+    """A run's own name, and what a kill leaves of it; the last two were everybody's until files were hidden."""
+    return name, _partial(Path(name)).name, name + ".partial", name + ".old"
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file so that either the old or the new text stands under its name, never half of one."""
-    partial = path.with_name(path.name + ".partial")
+    partial = _partial(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with partial.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -225,23 +236,26 @@ def saying_disk(path: Path) -> Iterator[None]:
 def replacing(folder: Path) -> Iterator[Path]:
     """Yield a new folder to fill; it takes the name `folder` once the block ends without an error.
 
+    Of a link it is the folder behind it that is replaced.
+
     >>> with replacing(run.adapter) as partial:
     ...     model.save_pretrained(partial)
     """
-    partial, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old")
-    for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    folder = folder.resolve()
+    work = _partial(folder)
+    shutil.rmtree(work, ignore_errors=True)
+    partial, old = work / folder.name, work / f"{folder.name}.old"
     partial.mkdir(parents=True)
     try:
         with saying_disk(folder):
             yield partial
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)
         raise
     if folder.exists():
         os.replace(folder, old)
     os.replace(partial, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(work, ignore_errors=True)
 
 
 def finite(value: Any) -> Any:

@@ -86,7 +86,7 @@ def test_experts_that_are_a_parameter_train_in_shards(house, tmp_path):
 @pytest.mark.slow
 def test_killed_after_the_last_step_it_is_measured_all_the_same(house, tmp_path):
     one, two = recipes(house, tmp_path, adapter=METHODS["stella"], max_steps=6)
-    code, said = launch_shards(two, tmp_path, DIES_AT="last.partial")
+    code, said = launch_shards(two, tmp_path, DIES_AT=".last.beyondlora.partial")
     assert code != 0, said
     assert (tmp_path / "two" / "checkpoints" / "checkpoint-6").is_dir()
     code, said = launch_shards(two, tmp_path, "--resume")

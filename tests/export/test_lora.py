@@ -346,6 +346,26 @@ def test_an_older_export_is_replaced_and_nothing_else_is(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lora", "work"]
 
 
+def test_the_folders_beside_an_export_are_left_alone_and_what_a_kill_left_is_cleaned_up(tmp_path):
+    for name in ("lora.old", "lora.partial", ".lora.beyondlora.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.txt").write_text("ten years")
+    for _ in range(2):
+        beyondlora.export_lora(stella(), tmp_path / "lora", base_model=BASE)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lora", "lora.old", "lora.partial"]
+    assert all((tmp_path / name / "thesis.txt").exists() for name in ("lora.old", "lora.partial"))
+
+
+def test_through_a_link_the_folder_behind_it_is_replaced(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "lora").symlink_to(tmp_path / "disk" / "adapters", target_is_directory=True)  # which is not there yet
+    beyondlora.export_lora(stella(), tmp_path / "lora", base_model=BASE)
+    beyondlora.export_lora(stella(r=2), tmp_path / "lora", base_model=BASE)
+    assert (tmp_path / "lora").is_symlink()
+    assert files(tmp_path / "disk" / "adapters")[0]["r"] == 2
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["adapters"]
+
+
 # What is refused -----------------------------------------------------------------------------------------------------
 
 

@@ -143,7 +143,7 @@ def check_free(folder: Path) -> None:
     """Refuse to replace anything but an older export. Raises: FileExistsError; see also `check_writable`."""
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / RECORD).exists()):
         raise FileExistsError(f"{folder} holds something that no export wrote; name another folder.")
-    check_writable(folder)
+    check_writable(folder.resolve())
 
 
 def as_text(value: Any) -> str | None:
