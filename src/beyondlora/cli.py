@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 INTERRUPTED, TERMINATED = 130, 143
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-messages = Console(stderr=True)  # messages and progress; results alone go to stdout
+messages = Console(stderr=True, emoji=False)  # messages and progress; results alone go to stdout
 
 Overrides = Annotated[
     list[str] | None,
@@ -305,7 +305,7 @@ def compare(
         except ASKED_TO_END:
             _say("The comparison can be continued: the same command again.")
             raise
-        Console().print(words.table(outcome))
+        Console(markup=False, emoji=False).print(words.table(outcome))
         for sentence in [*words.verdicts(outcome), *words.pair_verdicts(outcome), *outcome.notes]:
             typer.echo(f"- {sentence}")
         _say(f"report.html, report.md, results.jsonl and the runs: {loaded.output}")

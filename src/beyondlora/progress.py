@@ -42,18 +42,18 @@ class BarProgress(Progress):
 
     def say(self, message: str) -> None:
         """Print above the bar."""
-        self.console.print(message, highlight=False)
+        self.console.print(message, highlight=False, markup=False, emoji=False)
 
     def begin(self, what: str, total: int, done: int = 0) -> None:
         """Show the bar."""
         self.end()
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
         )
         self._bar = RichProgress(*columns, console=self.console, transient=True)
         self._task = self._bar.add_task(what, total=total, completed=done, note="")
@@ -80,7 +80,7 @@ class LineProgress(Progress):
 
     def say(self, message: str) -> None:
         """Print a line."""
-        self.console.print(message, highlight=False, soft_wrap=True)
+        self.console.print(message, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
     def begin(self, what: str, total: int, done: int = 0) -> None:
         """Remember where the stretch starts."""
@@ -98,15 +98,15 @@ class LineProgress(Progress):
 
 
 def in_stretches(progress: Progress, what: str) -> Callable[[int, int], None]:
-    """A callback (done, in all) that begins a stretch by its first call, and another when less is done than before."""
-    last = math.inf
+    """A callback (done, in all) that begins a stretch by its first call, and by one with less done or another total."""
+    last, last_total = math.inf, 0
 
     def advance(done: int, total: int) -> None:
-        nonlocal last
-        if done <= last:
+        nonlocal last, last_total
+        if done <= last or total != last_total:
             progress.begin(what, total)
         progress.advance(done)
-        last = done
+        last, last_total = done, total
 
     return advance
 

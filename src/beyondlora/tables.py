@@ -30,7 +30,7 @@ def show_analysis(result: dict[str, Any], say: Callable[[str], None]) -> None:
         if any(mean[column[0]] is not None for mean in means.values())
     }
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)  # eight columns of figures beside a name
-    console = Console()
+    console = _console()
     figures = sum(max(5, *map(len, heading.split("\n"))) + 2 for heading in told)
     table.add_column("adapter", overflow="fold", min_width=max(8, min(max(map(len, means)), console.width - figures)))
     for heading in told:
@@ -39,7 +39,7 @@ def show_analysis(result: dict[str, Any], say: Callable[[str], None]) -> None:
         table.add_row(label, *("" if mean[key] is None else form.format(mean[key]) for key, form in told.values()))
     first = next(iter(means.values()))
     measured = f"{first['tokens']:,} tokens of {result['data']}; means over {first['layers']} layers"
-    console.print(f"{measured}, {result['seconds']:.0f} s", markup=False, highlight=False)
+    console.print(f"{measured}, {result['seconds']:.0f} s", highlight=False)
     console.print(table)
     for label, mean in means.items():
         if mean["left_out"]:
@@ -74,16 +74,16 @@ def show_figures(title: str, metrics: dict[str, Any]) -> None:
         stderr = "" if score["stderr"] is None else f"± {score['stderr']:.4f}"
         value = f"{score['value']:,.0f}" if name == "tokens" else f"{score['value']:.4f}"
         table.add_row(name, value, stderr, f"{score['n']:,}")
-    console = Console()
-    console.print(title, markup=False, highlight=False)
+    console = _console()
+    console.print(title, highlight=False)
     if metrics:
         console.print(table)
 
 
 def show_gap(record: dict[str, Any], *, every_layer: bool) -> None:
     """How far an export is from the live adapter."""
-    console = Console()
-    console.print(f"{record['made_from']} as {record['form']} form, compared on {record['compared_on']}", markup=False)
+    console = _console()
+    console.print(f"{record['made_from']} as {record['form']} form, compared on {record['compared_on']}")
     table = Table("exported against live", "")
     if record["layers"]:
         shown = record["layers"] if every_layer else {}
@@ -94,7 +94,8 @@ def show_gap(record: dict[str, Any], *, every_layer: bool) -> None:
     table.add_row("logits, relative", f"{record['logits_relative']:.2e}")
     table.add_row("logits, largest difference", f"{record['logits_max']:.2e}")
     table.add_row("share of the adapter's effect lost", f"{record['adapter_relative']:.2e}")
-    table.add_row("top-1 agreement", f"{record['top1_agreement']:.4%}")
+    if record["top1_agreement"] is not None:
+        table.add_row("top-1 agreement", f"{record['top1_agreement']:.4%}")
     console.print(table)
     if "scores" in record:
         _show_scores(record["scores"])
@@ -106,4 +107,9 @@ def _show_scores(scores: dict[str, dict[str, Any]]) -> None:
     for name in scores["live"]:
         if name != "tokens":
             table.add_row(name, *(f"{figures[name]['value']:.4f}" for figures in scores.values()))
-    Console().print(table)
+    _console().print(table)
+
+
+def _console() -> Console:
+    """Standard output, where [brackets] and :colons: in a name mean what they are."""
+    return Console(markup=False, emoji=False)
