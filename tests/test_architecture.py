@@ -32,6 +32,7 @@ LEVELS = {
 }
 LEAVES = {
     "precise",
+    "padding",
     "targets",
     "recipe",
     "models",

@@ -6,6 +6,7 @@ import small_models
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
+from transformers import AlbertConfig, AlbertForMaskedLM
 
 import beyondlora
 from beyondlora.export.distil import distil
@@ -53,8 +54,34 @@ def best_map(x, y, rank):
     return Vt[:rank].T @ Vt[:rank] @ W
 
 
+def albert():
+    """One layer's weights, called twice; the adapter's inputs differ."""
+    sizes = {"hidden_size": 32, "embedding_size": 16, "intermediate_size": 48, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    base = AlbertForMaskedLM(AlbertConfig(vocab_size=64, num_hidden_layers=2, max_position_embeddings=64, **sizes))
+    model = get_peft_model(base.eval(), beyondlora.CeraConfig(r=6, target_modules=["query"], lora_alpha=12))
+    small_models.train_a_little(model, steps=8)
+    return model
+
+
 def residual(x, y, W):
     return np.linalg.norm(y - x @ W.T)
+
+
+def test_a_layer_called_twice_is_fitted_on_what_reaches_it_both_times():
+    model, ids = albert(), small_models.tokens(16)
+    adapted = adapted_layers(model)
+    (path,) = adapted
+    data = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}]
+    B, A = distil(model, adapted, data)[path]
+    layer, seen = adapted[path][0], []
+    handle = layer.register_forward_hook(lambda _, args, out: seen.append((args[0], out - layer.base_layer(*args))))
+    with torch.no_grad():
+        model(**data[0])
+    handle.remove()
+    assert len(seen) == 2
+    x, y = (torch.cat([pair[i] for pair in seen]).flatten(0, 1).double().numpy() for i in (0, 1))
+    assert residual(x, y, (B @ A).numpy()) == pytest.approx(residual(x, y, best_map(x, y, 6)), rel=1e-6)
 
 
 @pytest.mark.parametrize("rank", [1, 3, 6, None])

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import beyondlora
 from beyondlora.export import lora_gap
+from beyondlora.tables import show_gap
 
 EXACT = [method for method in METHODS if method.merge == "exact"]
 exact_methods = pytest.mark.parametrize("method", EXACT, ids=lambda method: method.name)
@@ -127,6 +128,17 @@ def test_conv1d_of_gpt2(tmp_path):
     beyondlora.export_lora(model, tmp_path / "lora", base_model=BASE)
     loaded = PeftModel.from_pretrained(small_models.gpt2(), str(tmp_path / "lora"))
     torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-5)
+
+
+def test_a_single_number_has_no_first_class_to_agree_on(tmp_path, capsys):
+    base = small_models.bert()
+    base.classifier = nn.Linear(32, 1)
+    model = get_peft_model(base, beyondlora.StellaConfig(r=4, target_modules=["query"]))
+    batches = [{"input_ids": small_models.tokens()}]
+    record = beyondlora.export_lora(model, tmp_path / "lora", base_model=BASE, batches=batches)
+    assert record["top1_agreement"] is None
+    show_gap(record, every_layer=False)
+    assert "top-1" not in capsys.readouterr().out
 
 
 def test_pefts_own_conversion_agrees_with_ours(tmp_path):

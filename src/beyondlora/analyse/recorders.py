@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.bspline import Spline
+from ..padding import token_rows
 from ..precise import precise
 from .branches import Branch, Whole
 from .spectra import CentredQR
@@ -32,9 +33,7 @@ class Tokens:
 
     def rows(self, x: Tensor) -> Tensor:
         """The tokens among (..., C), as (T, C)."""
-        if self.mask is not None and x.shape[:-1] == self.mask.shape:
-            return x[self.mask.to(x.device)]
-        return x.reshape(-1, x.shape[-1])
+        return token_rows(x, self.mask)
 
 
 class BranchRecorder:

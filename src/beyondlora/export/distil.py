@@ -65,8 +65,9 @@ def distil(
     with watching(layers) as seen:
         for batch in batches:
             run(model, batch)
-            for path, x in seen.items():
-                moments[path].add(rows_of(x, batch))
+            for path, calls in seen.items():
+                for x in calls:
+                    moments[path].add(rows_of(x, batch))
             seen.clear()
     return {path: _solve(path, sums, rank or sums.adapter.rank) for path, sums in moments.items()}
 

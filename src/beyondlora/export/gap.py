@@ -30,7 +30,8 @@ class Gap:
         logits_relative: ‖exported − live‖ / ‖live‖ over all logits.
         adapter_relative: ‖exported − live‖ / ‖live − base‖ over all logits: the share of the adapter's effect that
             is not reproduced.
-        top1_agreement: share of tokens (rows) for which the two put the same class first.
+        top1_agreement: share of tokens (rows) for which the two put the same class first; None where a model's output
+            is a single number.
         tokens: how many.
     """
 
@@ -38,7 +39,7 @@ class Gap:
     logits_max: float
     logits_relative: float
     adapter_relative: float
-    top1_agreement: float
+    top1_agreement: float | None
     tokens: int
 
     def as_dict(self) -> dict[str, Any]:
@@ -76,9 +77,9 @@ def compare(model: PeftModel, adapted: Adapted, exported: nn.Module, batches: It
         for batch in batches:
             with watching(layers) as seen:
                 live = run(model, batch)
-            for path, x in seen.items():
-                rows = rows_of(x, batch)
-                squares[path] += _squares(adapted[path][1], branches[path], rows)
+            for path, calls in seen.items():
+                for x in calls:
+                    squares[path] += _squares(adapted[path][1], branches[path], rows_of(x, batch))
             with model.disable_adapter():
                 base = run(model, batch)
             ends.add(*(rows_of(logits, batch) for logits in (live, base, run(exported, batch))))
@@ -90,7 +91,7 @@ class Ends:
 
     def __init__(self) -> None:
         self.difference = self.live = self.effect = self.largest = 0.0
-        self.agreed = self.tokens = 0
+        self.agreed = self.tokens = self.classes = 0
 
     def add(self, live_TC: Tensor, base_TC: Tensor, exported_TC: Tensor) -> None:
         """Take in the logits of some tokens."""
@@ -101,6 +102,7 @@ class Ends:
         self.largest = max(self.largest, (exported_TC - live_TC).abs().max().item())
         self.agreed += int((exported_TC.argmax(-1) == live_TC.argmax(-1)).sum())
         self.tokens += len(live_TC)
+        self.classes = live_TC.shape[-1]
 
     def gap(self, layers: Mapping[str, float]) -> Gap:
         """Make the gap of what was taken in."""
@@ -109,7 +111,7 @@ class Ends:
             logits_max=self.largest,
             logits_relative=_ratio(self.difference, self.live),
             adapter_relative=_ratio(self.difference, self.effect),
-            top1_agreement=self.agreed / self.tokens,
+            top1_agreement=self.agreed / self.tokens if self.classes > 1 else None,
             tokens=self.tokens,
         )
 

@@ -1,5 +1,6 @@
 """What a model is run on to be compared, what its layers get to see meanwhile, and which rows of that are tokens."""
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import models
+from ..padding import token_rows
 
 Batch = Mapping[str, Any]
 """Keyword arguments of a model's forward; `labels` may be among them."""
@@ -59,13 +61,13 @@ def inference(*networks: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def watching(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """Yield a mapping that fills, at every forward, with the input of each layer; clear it between batches."""
-    seen: dict[str, Tensor] = {}
+def watching(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Tensor]]]:
+    """Yield a mapping that fills with the inputs of each layer, one a call; clear it between batches."""
+    seen: dict[str, list[Tensor]] = defaultdict(list)
 
     def watch(path: str) -> Any:
         def note(_layer: nn.Module, arguments: tuple[Any, ...]) -> None:
-            seen[path] = arguments[0].detach()
+            seen[path].append(arguments[0].detach())
 
         return note
 
@@ -89,7 +91,4 @@ def run(network: nn.Module, batch: Batch) -> Tensor:
 
 def rows_of(x: Tensor, batch: Batch) -> Tensor:
     """Flatten (..., N) to (T, N), without the positions that the batch's attention mask leaves out."""
-    mask = batch.get("attention_mask")
-    if mask is not None and mask.shape == x.shape[:-1]:
-        return x[mask.bool().to(x.device)]
-    return x.reshape(-1, x.shape[-1])
+    return token_rows(x, batch.get("attention_mask"))
