@@ -84,7 +84,7 @@ def export_lora(
         exported = _load_with_peft(partial, base)
         gap = compare(model, adapted, exported, batches)
         if form == "exact":
-            _check_rounding(gap, model, adapted)
+            check_rounding(gap, model, "LoRA")
         about = {"form": form, "base_model": base_model, "rank": width, "compared_on": compared_on}
         record = record_of(model, exported, gap, about, score=score, folder=folder)
         write_record(partial, record)
@@ -187,6 +187,12 @@ def check_config(config: Any, *, distilling: bool) -> None:
 
 
 def _refuse_pefts_own(config: Any) -> NoReturn:
+    variants = [f"{name}={value}" for name, value in vars(config).items() if name.startswith("use_") and value]
+    if as_text(config.peft_type) == "LORA" and variants:
+        raise ValueError(
+            f"The active adapter is PEFT's LoRA with {', '.join(variants)}, which is no plain LoRA: not every server "
+            "knows it. Export the model merged: beyondlora export ADAPTER --to merged."
+        )
     raise ValueError(
         f"The active adapter is of PEFT's own type {as_text(config.peft_type)}: a LoRA is one already, and for what "
         "else merges PEFT has peft.convert_to_lora. --to merged works for all of them."
@@ -221,19 +227,19 @@ def _exact_factors(adapted: Adapted) -> Factors:
     return {path: adapter.lora_factors() for path, (_, adapter) in adapted.items()}
 
 
-def _check_rounding(gap: Gap, model: PeftModel, adapted: Adapted) -> None:
-    problem = gap.beyond_rounding(_coarsest(model, adapted))
+def check_rounding(gap: Gap, model: PeftModel, what: str) -> None:
+    """Refuse an export (`what`) that should equal the live adapter and does not. Raises: ValueError."""
+    problem = gap.beyond_rounding(_coarsest(model))
     if problem:
         raise ValueError(
-            f"The LoRA differs from the adapter it should equal: {problem}. Nothing was written; served, it would be "
+            f"The {what} differs from the adapter it should equal: {problem}. Nothing was written; served, it would be "
             "another model in silence."
         )
 
 
-def _coarsest(model: PeftModel, adapted: Adapted) -> torch.dtype:
+def _coarsest(model: PeftModel) -> torch.dtype:
     """The dtype with the largest rounding error that the live model computes in."""
-    dtypes = {adapter.down.weight.dtype for _, adapter in adapted.values()}
-    dtypes |= {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
     dtypes |= {torch.float16 for parameter in model.parameters() if parameter.dtype == torch.int8}  # bitsandbytes' way
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
