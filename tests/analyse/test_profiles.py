@@ -7,6 +7,7 @@ import small_models
 import torch
 from methods import every_method
 from peft import LoHaConfig, LoraConfig, PrefixTuningConfig, get_peft_model
+from transformers import OPTConfig, OPTForCausalLM
 
 import beyondlora
 from beyondlora.adapters.bspline import Spline
@@ -183,6 +184,18 @@ def test_padding_is_no_token():
         np.testing.assert_allclose(one.singular_values, other.singular_values, atol=1e-5 * other.singular_values[0])
 
 
+def test_padding_is_no_token_where_a_model_flattens_its_hidden_states():
+    """OPT's fc1 and fc2 get (B·L, C)."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "num_attention_heads": 2}
+    base = OPTForCausalLM(OPTConfig(vocab_size=64, num_hidden_layers=1, max_position_embeddings=64, **sizes)).eval()
+    config = LoraConfig(r=4, target_modules=["q_proj", "fc1"], init_lora_weights=False)
+    ids, mask = small_models.tokens(4), torch.ones(4, 12, dtype=torch.long)
+    mask[1:, 3:] = 0
+    whole = profile(get_peft_model(base, config), [{"input_ids": ids, "attention_mask": mask}])
+    assert [layer.tokens for layer in whole] == [int(mask.sum())] * 2
+
+
 def test_padding_is_no_token_of_an_expert():
     config = beyondlora.CeraConfig(
         r=4, target_modules=["q_proj"], target_parameters=["experts.down_proj"], init_lora_weights=False
@@ -336,6 +349,24 @@ def test_a_merged_a_disabled_and_an_absent_adapter_are_refused():
     assert profile(model, batches())
     with pytest.raises(ValueError, match="no adapter beside any of its layers"):
         profile(model.unload(), batches())
+
+
+@pytest.mark.parametrize("config", [LoraConfig, LoHaConfig, beyondlora.CeraConfig], ids=lambda kind: kind.__name__)
+def test_weights_that_are_not_finite_are_refused(config):
+    model = trained(config(r=4, target_modules=["q_proj", "down_proj"]))
+    layer = model.get_submodule(PATH)
+    weight = next(weight for name, weight in layer.named_parameters() if "base_layer" not in name)
+    weight.data.view(-1)[0] = torch.nan
+    with pytest.raises(ValueError, match=rf"{LAYER}: the adapter's weights are not finite"):
+        profile(model, batches())
+
+
+@pytest.mark.parametrize("config", [LoraConfig, LoHaConfig], ids=lambda kind: kind.__name__)
+def test_a_base_model_whose_hidden_states_are_not_finite_is_refused(config):
+    model = trained(config(r=4, target_modules=["q_proj", "down_proj"]))
+    model.get_submodule("base_model.model.model.layers.1.post_attention_layernorm").weight.data[0] = torch.inf
+    with pytest.raises(ValueError, match=rf"{LAYER}: what passes here is not finite on this data"):
+        profile(model, batches())
 
 
 def test_virtual_tokens_adapt_no_layer():

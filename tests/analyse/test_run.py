@@ -188,6 +188,22 @@ def test_runs_that_see_different_rows_are_refused(runs, house, tmp_path):
         analyse([runs / "lora", tmp_path / "run"])
 
 
+@pytest.mark.filterwarnings("ignore:The PEFT config.s `base_model_name_or_path` was renamed")
+def test_one_base_may_be_spelled_in_two_ways(runs, house, tmp_path):
+    run = shutil.copytree(runs / "lora", tmp_path / "run")
+    (tmp_path / "link").symlink_to(house / "base")
+    recipe = (run / "recipe.yaml").read_text()
+    (run / "recipe.yaml").write_text(recipe.replace(str(house / "base"), str(tmp_path / "link")))
+    assert len(analyse([runs / "lora", run], max_tokens=50)["adapters"]) == 2
+
+
+def test_pictures_of_an_earlier_analysis_do_not_stay(runs, tmp_path):
+    for name in ("aurora", "lora"):
+        analyse([runs / name], out=tmp_path / "out", max_tokens=50)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"analysis.json", "layers.csv", "spectra.csv", "spectrum.png", "effective-rank.png"}
+
+
 def test_an_untrained_adapter_names_its_folder(runs, tmp_path):
     run = shutil.copytree(runs / "lora", tmp_path / "run")
     weights = small_runs.weights(run / "adapter")

@@ -51,6 +51,10 @@ class Branch:
         """R, the width of the bottleneck."""
         return self.up.in_features
 
+    def weights(self) -> list[Tensor]:
+        """What the adapter computes with."""
+        return [self.up.weight, self.down, *(self.core.parameters() if self.core is not None else ())]
+
 
 @dataclass(frozen=True)
 class Whole:
@@ -59,6 +63,11 @@ class Whole:
     name: str
     layer: Any
     width: int
+
+    def weights(self) -> list[Tensor]:
+        """What the adapter computes with."""
+        base = {id(weight) for weight in self.layer.get_base_layer().parameters()}
+        return [weight for weight in self.layer.parameters() if id(weight) not in base]
 
 
 def find_branches(model: nn.Module) -> list[Branch | Whole]:

@@ -16,15 +16,18 @@ NOISE = 1e-12  # of the spectrum's sum; below it is rounding
 INK, FAINT = "#333333", "#999999"
 
 
+PICTURES = SPECTRUM, RANKS, SPLINES = ("spectrum.png", "effective-rank.png", "splines.png")
+
+
 def draw_all(result: Mapping[str, Any], folder: Path) -> None:
     """Draw every picture that the result has something for."""
     adapters = result["adapters"]
     colours = _colours(adapters)
-    _save(_spectra(adapters, colours), folder / "spectrum.png")
+    _save(_spectra(adapters, colours), folder / SPECTRUM)
     if any(adapter["mean"]["rank"] for adapter in adapters):
-        _save(_ranks(adapters, colours), folder / "effective-rank.png")
+        _save(_ranks(adapters, colours), folder / RANKS)
     if any(layer["splines"] for adapter in adapters for layer in adapter["layers"]):
-        _save(_splines(adapters, colours), folder / "splines.png")
+        _save(_splines(adapters, colours), folder / SPLINES)
 
 
 def _colours(adapters: list[Any]) -> dict[str, Any]:

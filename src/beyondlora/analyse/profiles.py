@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..manifold.stiefel import distance_to_stiefel
 from ..precise import precise
 from ..tuner.experts import OpenExperts
-from .branches import Branch, find_branches
+from .branches import Branch, Whole, find_branches
 from .recorders import BranchRecorder, Tokens, WholeRecorder
 from .spectra import (
     effective_rank,
@@ -121,11 +121,13 @@ def profile(
         on_tokens: called with (tokens done, max_tokens) after each batch.
 
     Returns: one profile a layer, in the model's order; layers that saw fewer than 2 tokens have no figures.
-    Raises: ValueError for a merged, disabled or absent adapter, for several at once, and where no layer has a spectrum.
+    Raises: ValueError for a merged, disabled, broken or absent adapter, for several at once, and where no layer has a
+        spectrum.
     """
     if max_tokens < 2:
         raise ValueError(f"max_tokens={max_tokens}: the outputs are centred, so a spectrum needs at least 2 tokens.")
     branches, tokens = find_branches(model), Tokens(max_tokens)
+    _check_finite(branches)
     recorders = [BranchRecorder(b, tokens) if isinstance(b, Branch) else WholeRecorder(b, tokens) for b in branches]
     try:
         with _evaluating(model):
@@ -133,6 +135,8 @@ def profile(
     finally:
         for recorder in recorders:
             recorder.stop()
+    for branch, recorder in zip(branches, recorders, strict=True):
+        _check_passed(branch.name, recorder)
     layers = [_describe(recorder) for recorder in recorders]
     _check_any(layers)
     return layers
@@ -182,6 +186,23 @@ def _without_padding(batch: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
             name: value[:, kept] if torch.is_tensor(value) and value.shape[:2] == kept.unsqueeze(0).shape else value
             for name, value in parts.items()
         }
+
+
+def _check_finite(branches: list[Branch | Whole]) -> None:
+    for branch in branches:
+        if not all(torch.isfinite(weight).all() for weight in branch.weights()):
+            raise ValueError(
+                f"{branch.name}: the adapter's weights are not finite (nan or infinity); it is broken. Analyse one "
+                "saved before, or train again at a smaller learning rate."
+            )
+
+
+def _check_passed(name: str, recorder: BranchRecorder | WholeRecorder) -> None:
+    if not torch.isfinite(recorder.qr.factor()).all():
+        raise ValueError(
+            f"{name}: what passes here is not finite on this data (nan or infinity), and the adapter's weights are: "
+            "the base model is broken, or overflows in half precision. Load it in float32 (`dtype: float32`)."
+        )
 
 
 def _check_any(layers: list[LayerProfile]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
+from .. import models
 from ..attach import config_in, holds_model
 from ..evaluate import Opened, device, open_target
 from ..progress import Progress
@@ -118,12 +119,18 @@ def _labels(targets: Sequence[Path]) -> list[str]:
 
 
 def _check_one_base(opened: Sequence[Opened]) -> None:
-    bases = sorted({one.recipe.model_name_or_path for one in opened})
+    bases = {_place(one.recipe.model_name_or_path): one.recipe.model_name_or_path for one in opened}
     if len(bases) > 1:
         raise ValueError(
-            f"These adapters belong to different base models ({', '.join(bases)}): their layers see different inputs. "
-            "Analyse them one base model at a time."
+            f"These adapters belong to different base models ({', '.join(sorted(bases.values()))}): their layers see "
+            "different inputs. Analyse them one base model at a time."
         )
+
+
+def _place(base: str) -> str:
+    """One word for a base model, however its folder is spelled."""
+    found = Path(models.resolve_name(base))
+    return str(found.resolve()) if found.is_dir() else base
 
 
 def _type(opened: Opened) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from ..curves import can_draw
 from ..progress import Progress
 from ..run_folder import check_writable, write_json, write_text
-from .pictures import draw_all
+from .pictures import PICTURES, draw_all
 from .summary import FIGURES
 
 RESULT = "analysis.json"
@@ -30,6 +30,8 @@ def write(out: Path, result: dict[str, Any], progress: Progress) -> None:
     """Write everything; analysis.json last, so that its presence says that the rest is there."""
     write_text(out / "layers.csv", _csv(LAYERS_HEADER, _layer_rows(result)))
     write_text(out / "spectra.csv", _csv(SPECTRA_HEADER, _spectrum_rows(result)))
+    for name in PICTURES:  # of an earlier analysis, where this one has nothing to draw
+        (out / name).unlink(missing_ok=True)
     if can_draw():
         draw_all(result, out)
     else:
