@@ -8,6 +8,7 @@ of memory or is killed, is the result of that task and of no other.
 import contextlib
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 from collections.abc import Callable, Generator, Sequence
@@ -91,6 +92,8 @@ def _result(receiver: Any, process: Any, begun: bool) -> Any:
             raise RuntimeError(NOT_BEGUN_MESSAGE.format(code=code)) from None
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         result = WorkerDiedError(f"the process ended without a result ({how}); it may have run out of memory")
+    except Exception as error:  # a result that does not unpickle here
+        result = RuntimeError(f"a worker's result could not be read ({type(error).__name__}: {error})")
     finally:
         receiver.close()
     process.join()
@@ -106,12 +109,18 @@ def _work(sender: Any, steps: Any, number: int, function: Callable[..., Any], ta
     steps[number] = 0
     try:
         result = function(*task, _Told(steps, number))
-    except Exception as error:
-        result = error
-    try:
         sender.send(result)
-    except Exception:  # an exception that does not pickle
-        sender.send(RuntimeError(f"{type(result).__name__}: {result}"))
+    except Exception as error:
+        sender.send(_sendable(error))
+
+
+def _sendable(error: Exception) -> Exception:
+    """The exception, or its words where it would not arrive: one that needs arguments pickles and does not unpickle."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def _end_with_parent() -> None:
