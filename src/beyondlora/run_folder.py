@@ -342,7 +342,14 @@ def _version(package: str) -> str | None:
 
 def _commit() -> str | None:
     """The commit this package's source stands at, `-dirty` where it was changed since; None outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    if _git("ls-files", "--error-unmatch", Path(__file__).name) is None:  # installed within somebody's repository
+        return None
+    return _git("describe", "--always", "--dirty", "--abbrev=40")
+
+
+def _git(*words: str) -> str | None:
+    """What git answers in this package's folder, or None."""
+    command = ["git", "-C", str(Path(__file__).parent), *words]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
