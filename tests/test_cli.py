@@ -215,7 +215,7 @@ def test_the_doctor_tries_a_recipe(recipe_file, tmp_path):
 def test_ctrl_c_exits_130_leaves_nothing_half_written_and_can_be_resumed(recipe_file, process, tmp_path):
     path, run, whole = recipe_file(), tmp_path / "run", tmp_path / "whole"
     assert call("train", path, "--set", f"output_dir={whole}").exit_code == 0
-    for moment in (1, 25, 70, 60):  # of the file operations of what is left each time
+    for moment in (1, 25, 90, 60):  # of the file operations of what is left each time
         arguments = ["train", path, "--resume"]
         assert process(small_runs.command_and_interrupt, arguments, str(run), moment) == 130
         said = (tmp_path / "run.stderr").read_text()
