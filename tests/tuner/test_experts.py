@@ -232,6 +232,12 @@ def test_an_expert_without_tokens_has_a_gradient_of_zero(method):
     assert any(not gradient.any() for gradient in gradients)
 
 
+def test_no_tokens_are_no_output():
+    model = adapted(METHODS[0], mixtral())
+    with torch.no_grad():
+        assert experts_of(model)[0](torch.zeros(0, 16), torch.zeros(0, 2).long(), torch.zeros(0, 2)).shape == (0, 16)
+
+
 @every_form
 @one_of_each_paper
 def test_copies_are_copies(method, build):

@@ -102,7 +102,7 @@ class OpenExperts(nn.Module):
         if adapter_names is not None:
             names = _by_pair(adapter_names, order_S, counts)
         # In training an expert without tokens is called, too: it has a gradient then, zero, on every process alike.
-        some = self.training or torch.is_grad_enabled()
+        some = self.training or torch.is_grad_enabled() or not len(order_S)
         y_SN = torch.cat([self._expert(e, x, names[e]) for e, x in enumerate(rows) if len(x) or some])
         if getattr(me, "has_post_expert_norm", False):  # which old ones do not know
             y_SN = me.post_expert_norm(y_SN)
