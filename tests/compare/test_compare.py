@@ -15,7 +15,7 @@ import pytest
 import small_runs
 
 from beyondlora import interrupts
-from beyondlora.compare import compare
+from beyondlora.compare import compare, runs
 from beyondlora.compare import published as published_format
 from beyondlora.compare.grid import Grid
 from beyondlora.compare.held_out import check_apart, cut_off
@@ -193,6 +193,17 @@ def test_a_line_cut_short_by_a_kill_is_neither_read_nor_in_the_way(tmp_path):
     (tmp_path / "results.jsonl").write_text("not json\n")
     with pytest.raises(ValueError, match="line 1 is damaged"):
         read_results(tmp_path)
+
+
+def test_a_line_is_what_will_be_read_again(house, tmp_path, monkeypatch):
+    """A figure that is not finite is none at once, and the same command twice says the same."""
+    planned = grid(house, tmp_path / "out", seed=[0], learning_rate=[1e-2])
+    result = {"status": "finished", "error": "", "validation": {"perplexity": {"value": float("nan"), "n": 3}}}
+    monkeypatch.setattr(runs, "side_by_side", lambda *_, **__: (pair for pair in [(0, result), (1, result)]))
+    test = HeldOut("test.txt", "t", 9, None)
+    lines = list(runs.run_all(planned.runs, test, {}, tmp_path, jobs=1, progress=Progress()))
+    assert lines == list(read_results(tmp_path).values())
+    assert lines[0]["validation"]["perplexity"]["value"] is None
 
 
 def test_what_is_finished_is_not_run_again_and_what_failed_is(finished, tmp_path):

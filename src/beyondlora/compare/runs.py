@@ -126,7 +126,7 @@ def run_all(
                 result = {"status": FAILED, "error": str(result)}
             elif isinstance(result, Exception):
                 raise result
-            line = _described(runs[number]) | dict(shared) | result
+            line = finite(_described(runs[number]) | dict(shared) | result)  # as it will be read again
             append_result(folder, line)
             yield line
 

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from .arms import Arm, Outcome, Setting
 from .runs import FINISHED
-from .statistics import POWER, Comparison
+from .statistics import NO_VERDICT, POWER, Comparison
 
 HEADINGS = (
     "arm",
@@ -45,6 +45,7 @@ def _sentence(outcome: Outcome, name: str, beside: str, found: Comparison, tests
         "worse": f"is worse than {beside}",
         "within noise": f"is within noise of {beside}",
         "one seed": f"cannot be told from {beside} with one seed",
+        NO_VERDICT: f"cannot be judged beside {beside}, for on too many resampled rows the figure is not defined",
     }
     decimals, metric = outcome.metric.decimals, outcome.metric.name
     evidence = f"{found.difference:+.{decimals}f} {metric}"
