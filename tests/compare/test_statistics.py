@@ -99,18 +99,19 @@ def test_an_unstable_method_does_not_hide_a_difference_between_calm_ones():
         {"x": np.repeat(mean + spread * draw.normal(size=(3, 1)), ROWS, axis=1)}
         for mean, spread in ((0, 0.01), (0.2, 0.01), (-0.2, 0.01), (5, 1), (5, 3))
     )
-    calm = compare_with(base, {"good": good, "bad": bad}, mean, higher_is_better=True)
     others = {"good": good, "bad": bad, "wild": wild, "wilder": wilder}
     found = compare_with(base, others, mean, higher_is_better=True)
-    assert {name: found[name].verdict for name in calm} == {"good": "better", "bad": "worse"}
-    assert {name: found[name].p for name in calm} == pytest.approx({name: calm[name].p for name in calm})
+    assert (found["good"].verdict, found["bad"].verdict) == ("better", "worse")
+    spreads = [mean(arm).var(ddof=1) for arm in (base, good, bad)]
+    error = np.sqrt((sum(spreads) + 2 * max(spreads)) / 5 * 2 / 3)  # the two count as the widest of the three
+    assert found["good"].p == pytest.approx(2 * stats.t.sf(found["good"].difference / error, 6), rel=1e-6)
     # An unstable method itself has the margin of its own few seeds.
     expected = stats.ttest_ind(mean(wild), mean(base), equal_var=False)
     assert found["wild"].p == pytest.approx(expected.pvalue, rel=1e-6)
     assert set_apart({"base": mean(base), **{name: mean(rows) for name, rows in others.items()}}) == ["wilder", "wild"]
 
 
-@pytest.mark.parametrize(("arms", "seeds"), [(2, 3), (4, 2), (10, 3)])
+@pytest.mark.parametrize(("arms", "seeds"), [(2, 3), (4, 3), (10, 5)])
 def test_methods_whose_seeds_spread_alike_are_seldom_set_apart(arms, seeds):
     draw, grids = np.random.default_rng(6), 1000
     apart = sum(bool(set_apart(dict(enumerate(draw.normal(size=(arms, seeds)))))) for _ in range(grids))

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .grid import Grid
+from .grid import SEARCHED, Grid
 from .metrics import Metric
 from .runs import DIVERGED, FAILED, FINISHED, Line
 from .statistics import Comparison, compare_pairs, compare_with, set_apart, sets_margin
@@ -75,6 +75,15 @@ class Outcome:
         return max((len(arm.lines) for arm in self.arms), default=0)
 
     @property
+    def alike(self) -> bool:
+        """Whether every arm was chosen from the same settings."""
+        searches = {
+            json.dumps(sorted([setting.lines[0]["recipe"][key] for key in SEARCHED] for setting in arm.settings))
+            for arm in self.arms
+        }
+        return len(searches) < 2
+
+    @property
     def rows(self) -> int:
         """The number of test rows that the metric is of."""
         return next((rows.shape[-1] for arm in self.arms for rows in arm.outcomes.values()), 0)
@@ -86,7 +95,8 @@ def outcome_of(grid: Grid, lines: Sequence[Line], *, title: str, notes: Sequence
     sign = -1 if grid.metric.higher_is_better else 1
     arms.sort(key=lambda arm: math.inf if arm.chosen is None else sign * (arm.chosen.validation or 0.0))
     judged = [arm for arm in arms if arm.chosen]
-    baseline = next((arm for arm in judged if grid.baseline in (arm.name, arm.method)), None)
+    own = [arm for arm in judged if arm.name in grid.arms]  # a joined one is nobody's baseline
+    baseline = next((arm for arm in own if grid.baseline in (arm.name, arm.method)), None)
     how: dict[str, Any] = {"higher_is_better": grid.metric.higher_is_better, "confidence": grid.confidence}
     outcomes = {arm.name: arm.outcomes for arm in judged}
     comparisons = {}
@@ -174,7 +184,9 @@ def _notes(grid: Grid, arms: Sequence[Arm], baseline: Arm | None) -> list[str]:
     notes += _spreads({arm.name: arm.figures for arm in arms if arm.chosen})
     if baseline is None:
         notes.append(f"The baseline {grid.baseline} has no result: no verdict.")
-    elif baseline.name != grid.baseline and sum(arm.method == grid.baseline for arm in arms) > 1:
+    elif (
+        baseline.name != grid.baseline and sum(arm.method == grid.baseline for arm in arms if arm.name in grid.arms) > 1
+    ):
         notes.append(f"The baseline is {baseline.name}, the best of {grid.baseline} on the validation rows.")
     judged = {arm.name for arm in arms if arm.chosen}
     lost = [f"{one} and {two}" for one, two in grid.pairs if not {one, two} <= judged]
@@ -220,7 +232,7 @@ def _spreads(figures: Mapping[str, np.ndarray]) -> list[str]:
     if widest:
         notes.append(
             f"{widest} sets the margin: without it, what every verdict allows for seeds would be less than half as "
-            "much. Its seeds do not spread so clearly more than the others' that it is left out; more seeds would tell."
+            "much. It is left out only where three or more seeds show clearly that they spread more."
         )
     return notes
 

@@ -15,7 +15,8 @@ grids with two seeds.)
 e_rows: paired bootstrap over the test rows (scipy.stats.bootstrap) of D averaged over the seeds; both methods see the
 same resampled rows. e_seeds: from the spread over seeds of the two methods or, where that is larger, of all methods
 of the grid together: two or three seeds alone often look alike by chance. Methods whose seeds spread clearly more than
-the others' (`set_apart`) are not among "all": one unstable method would hide every difference between calm ones.
+the others' (`set_apart`) count there as the widest of the others, or one unstable method would hide every difference
+between calm ones.
 Quadrature counts what seeds and rows do together twice; that makes a verdict rarer, never easier.
 
 No verdict where a figure is not finite (a correlation with constant predictions), or is not on more than 1 − confidence
@@ -103,8 +104,7 @@ def compare_pairs(
         check_rows(_rows(outcomes), confidence)
     figures = {key: value(outcomes) for key, outcomes in compared.items()}
     finite = [key for key, values in figures.items() if np.isfinite(values).all()]
-    apart = set_apart(figures)
-    pooled = _pooled(figures, [key for key in finite if key not in apart])
+    pooled = _common({key: figures[key] for key in finite})
     found = {
         name: _Difference(second, first, figures[id(second)], figures[id(first)], value, pooled, confidence, resamples)
         for name, (first, second) in pairs.items()
@@ -130,17 +130,18 @@ def check_rows(rows: int, confidence: float) -> None:
 def set_apart(figures: Mapping[Name, np.ndarray]) -> list[Name]:
     """The methods whose seeds spread clearly more than the others': no measure of how far those are to be believed.
 
-    Of the methods in the order of their spread, those before a gap: the one that the F test of those before against
-    those after finds least likely, corrected (Bonferroni) for every choice of so many methods, and for every gap.
+    Of the methods in the order of their spread, those before a gap, fewer than half: the one that the F test of those
+    before against those after finds least likely, corrected (Bonferroni) for every choice of so many and every gap.
+    From three seeds on: with two, verdicts are wrong too often already, and this would add to it.
     """
-    found = [name for name, values in figures.items() if len(values) > 1 and np.isfinite(values).all()]
+    found = [name for name, values in figures.items() if len(values) > 2 and np.isfinite(values).all()]
     order = sorted(found, key=lambda name: -float(figures[name].var(ddof=1)))
-    p, apart = 1.0, 0
-    for wide in range(1, len(order)):
+    p, apart, gaps = 1.0, 0, range(1, (len(order) + 1) // 2)
+    for wide in gaps:
         (above, f_above), (below, f_below) = (_pooled(figures, names) for names in (order[:wide], order[wide:]))
         if above > 0:
             ratio = above / below if below > 0 else math.inf
-            choices = math.comb(len(order), wide) * (len(order) - 1)
+            choices = math.comb(len(order), wide) * len(gaps)
             p, apart = min((p, apart), (choices * float(f.sf(ratio, f_above, f_below)), wide))
     return order[:apart] if p < UNLIKE else []
 
@@ -262,6 +263,18 @@ def _over_rows(
         low, high = map(float, np.quantile(known, [(1 - confidence) / 2, (1 + confidence) / 2]))
     # Resampling n rows has the spread of dividing by n; an unbiased variance divides by n - 1.
     return float(known.std(ddof=1)) * math.sqrt(rows / (rows - 1)), low, high
+
+
+def _common(figures: Mapping[Name, np.ndarray]) -> tuple[float, int]:
+    """The variance of all together, those set apart as the widest of the others, whose degrees of freedom it has."""
+    apart = set_apart(figures)
+    within = [name for name in figures if name not in apart]
+    variance, freedom = _pooled(figures, within)
+    if not apart:
+        return variance, freedom
+    widest = max(float(figures[name].var(ddof=1)) for name in within if len(figures[name]) > 1)
+    more = sum(len(figures[name]) - 1 for name in apart)
+    return (variance * freedom + widest * more) / (freedom + more), freedom
 
 
 def _pooled(figures: Mapping[Name, np.ndarray], names: Sequence[Name]) -> tuple[float, int]:

@@ -121,9 +121,10 @@ def table(outcome: Outcome) -> Table:
 def caption(outcome: Outcome) -> str:
     """What the figures are of."""
     better = "higher" if outcome.metric.higher_is_better else "lower"
+    alike = ", alike for every arm" if outcome.alike else ""
     return (
         f"{outcome.metric.name.capitalize()} ({better} is better) on {outcome.rows} test rows that nothing was trained "
-        f"or chosen on; learning rates chosen on the validation rows, alike for every arm; {outcome.seeds} seeds, ± "
+        f"or chosen on; learning rates chosen on the validation rows{alike}; {outcome.seeds} seeds, ± "
         f"their standard deviation. Intervals of the difference to {_baseline(outcome) or 'the baseline'} count "
         "seeds and rows, and hold all together (p by Holm); time and memory are means of the runs shown."
     )
