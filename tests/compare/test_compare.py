@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from beyondlora.compare.grid import Grid
 from beyondlora.compare.held_out import check_apart, cut_off
 from beyondlora.compare.runs import HeldOut, append_result, check_same, expected, read_results, train_and_measure
 from beyondlora.compare.words import caption
-from beyondlora.data import read_splits, splits
+from beyondlora.data import hold_out, read_rows, read_splits, splits
 from beyondlora.evaluate import evaluate
 from beyondlora.progress import Progress
 from beyondlora.recipe import Recipe
@@ -557,6 +558,49 @@ def test_a_test_text_inside_the_validation_text_is_refused_wherever_its_blocks_b
         check_apart(recipe, read_splits(recipe), str(tmp_path / "late.txt"))
     # Training rows that are test rows: said, not refused.
     assert check_apart(recipe, read_splits(recipe), str(tmp_path / "early.txt")) == 4
+
+
+def sentences_of(tmp_path, texts):
+    rows = [json.dumps({"sentence1": text, "label": ("good", "bad")[n % 2]}) for n, text in enumerate(texts)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
+    return {"task": "sequence-classification", "dataset_name": str(tmp_path / "rows.jsonl")}
+
+
+def test_rows_that_are_the_same_are_cut_off_together(house, tmp_path):
+    texts = [f"sentence {number % 50}" for number in range(100)]
+    recipe = small_runs.recipe(house, **sentences_of(tmp_path, texts))
+    rest, test = cut_off(recipe, 0.2, tmp_path / "data")
+    kept, tested = (Counter(read_rows(name)["sentence1"]) for name in (rest.dataset_name, test))
+    assert kept + tested == Counter(texts)
+    assert not kept.keys() & tested.keys()
+    assert tested.total() == 20
+    assert check_apart(rest, read_splits(rest), test) == 0
+    distinct = small_runs.recipe(house, **sentences_of(tmp_path, list(map(str, range(100)))))
+    _, test = cut_off(distinct, 0.2, tmp_path / "data")
+    assert read_rows(test)["sentence1"] == hold_out(distinct, 0.2)[1]["sentence1"]  # as validation rows are drawn
+    same = small_runs.recipe(house, **sentences_of(tmp_path, ["one", "two"] * 50))
+    with pytest.raises(ValueError, match="100 rows are 2 different ones, and none comes so seldom"):
+        cut_off(same, 0.2, tmp_path / "data")
+
+
+def test_texts_that_share_some_lines_are_not_the_same(house, tmp_path):
+    header = [f"Licensed under the one licence that everybody writes above all of it, {n}" for n in range(3)]
+    body = "a line of file {} that stands in no other one, and is long enough to count: {}"
+    texts = ["\n".join([*header, *(body.format(file, line) for line in range(4))]) for file in range(30)]
+    (tmp_path / "code.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    recipe = small_runs.recipe(house, dataset_name=str(tmp_path / "code.jsonl"), eval_fraction=0.2)
+    rest, test = cut_off(recipe, 0.2, tmp_path / "data")
+    assert check_apart(rest, read_splits(rest), test) == 0
+    changed = [text.replace("count: 3", "count: three") for text in texts]  # one line of each: still the same texts
+    (tmp_path / "again.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in changed))
+    with pytest.raises(ValueError, match=r"^5 of the validation rows are test rows too"):
+        check_apart(rest, read_splits(rest), str(tmp_path / "again.jsonl"))
+
+
+def test_evaluation_rows_of_the_hub_keep_their_configuration(house, tmp_path):
+    named = sentences_of(tmp_path, list(map(str, range(100)))) | {"dataset_config": "sst2", "eval_dataset_name": "glue"}
+    rest, _ = cut_off(small_runs.recipe(house, **named), 0.2, tmp_path / "data")
+    assert (rest.eval_dataset_name, rest.dataset_config) == ("glue", "sst2")
 
 
 def test_the_test_rows_are_cut_off_as_they_stand(house, tmp_path):

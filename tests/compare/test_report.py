@@ -1,6 +1,7 @@
 """The page and the pictures: whole, self-contained, and as a browser shows them."""
 
 import dataclasses
+import io
 import json
 import re
 import shutil
@@ -10,12 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from beyondlora.compare import pictures, report
 from beyondlora.compare.arms import as_mapping, outcome_of
 from beyondlora.compare.grid import Grid
 from beyondlora.compare.report import page
-from beyondlora.compare.words import caption, cells, markdown, pair_verdicts, verdicts
+from beyondlora.compare.words import caption, cells, markdown, pair_verdicts, table, verdicts
 from beyondlora.run_folder import RunFolder
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -277,6 +279,15 @@ def test_the_search_is_a_table_with_a_column_a_setting(outcome):
     ]
     (lost,) = (line for line in markdown(outcome, command="c").splitlines() if "diverged)" in line)
     assert lost.startswith("| <b>bold</b> & Co | – (1 of 2 diverged) | **")
+
+
+def test_the_terminal_shows_names_and_title_as_they_are_written():
+    found = graded({"base": MIDDLE, "best [/x] [v2]": EDGE})
+    found = dataclasses.replace(found, title="Draft [v2] and [/x]")
+    console = Console(width=200, file=io.StringIO())
+    console.print(table(found))
+    assert "Draft [v2] and [/x]" in console.file.getvalue()
+    assert "best [/x] [v2]" in console.file.getvalue()
 
 
 def test_many_cards_without_a_difference_are_folded_away(monkeypatch):
