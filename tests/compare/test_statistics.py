@@ -118,6 +118,12 @@ def test_methods_whose_seeds_spread_alike_are_seldom_set_apart(arms, seeds):
     assert apart / grids <= 0.015  # 0.01, and three standard errors more would be 0.019
 
 
+def test_seeds_that_are_all_equal_by_chance_set_no_other_method_apart():
+    draw = np.random.default_rng(10)
+    figures = {name: draw.normal(size=3) for name in "abc"} | {"an accuracy on few rows": np.full(3, 0.5)}
+    assert set_apart(figures) == []
+
+
 # Against scipy and laws ----------------------------------------------------------------------------------------------
 
 

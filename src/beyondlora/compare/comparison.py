@@ -310,9 +310,10 @@ def _check_baseline(outcome: Outcome, grid: Grid, lines: Sequence[Line]) -> None
         return
     bad = [line for line in lines if line["status"] != FINISHED and grid.baseline in (line["arm"], line["method"])]
     why = f"{len(bad)} of its runs did not finish; {bad[0]['run']}: {bad[0]['error']}" if bad else "no figure is finite"
+    again = " The same command tries runs that failed again." if any(line["status"] == FAILED for line in bad) else ""
     raise ValueError(
         f"The baseline {grid.baseline} has no result ({why}), so there is no verdict. {grid.output / 'report.html'} "
-        "has what there is; the same command tries runs that failed again."
+        f"has what there is.{again}"
     )
 
 

@@ -225,7 +225,7 @@ def _check_kinds(block: Mapping[str, Any]) -> None:
             continue
         fits = isinstance(value, int | float if kind is float else kind) and not isinstance(value, bool)
         if not fits or (isinstance(value, int) and kind is int and value < 1):
-            given = "empty" if value is None else f"{value!r}, a {type(value).__name__}"
+            given = "empty" if value is None else f"{value!r} ({type(value).__name__})"
             raise ValueError(f"grid: {name} is {given}; give {told}, or leave the key out")
 
 

@@ -132,17 +132,16 @@ def set_apart(figures: Mapping[Name, np.ndarray]) -> list[Name]:
 
     Of the methods in the order of their spread, those before a gap: the one that the F test of those before against
     those after finds least likely, corrected (Bonferroni) for every choice of so many methods, and for every gap.
-    From three seeds on: with two, verdicts are wrong too often already, and this would add to it.
+    From three seeds on: with two, verdicts are wrong too often already, and this would add to it. Seeds that are all
+    equal, as coarse figures may be by chance, are no measure either.
     """
-    found = [name for name, values in figures.items() if len(values) > 2 and np.isfinite(values).all()]
+    found = [name for name, values in figures.items() if len(values) > 2 and 0 < np.ptp(values) < math.inf]
     order = sorted(found, key=lambda name: -float(figures[name].var(ddof=1)))
     p, apart = 1.0, 0
     for wide in range(1, len(order)):
         (above, f_above), (below, f_below) = (_pooled(figures, names) for names in (order[:wide], order[wide:]))
-        if above > 0:
-            ratio = above / below if below > 0 else math.inf
-            choices = math.comb(len(order), wide) * (len(order) - 1)
-            p, apart = min((p, apart), (choices * float(f.sf(ratio, f_above, f_below)), wide))
+        choices = math.comb(len(order), wide) * (len(order) - 1)
+        p, apart = min((p, apart), (choices * float(f.sf(above / below, f_above, f_below)), wide))
     return order[:apart] if p < UNLIKE else []
 
 
