@@ -16,7 +16,7 @@ e_rows: paired bootstrap over the test rows (scipy.stats.bootstrap) of D average
 same resampled rows. e_seeds: from the spread over seeds of the two methods or, where that is larger, of all methods
 of the grid together: two or three seeds alone often look alike by chance. Methods whose seeds spread clearly more than
 the others' (`set_apart`) count there as the widest of the others, or one unstable method would hide every difference
-between calm ones.
+between calm ones; and then the sum over methods so unlike has the degrees of freedom of the two alone.
 Quadrature counts what seeds and rows do together twice; that makes a verdict rarer, never easier.
 
 No verdict where a figure is not finite (a correlation with constant predictions), or is not on more than 1 − confidence
@@ -173,7 +173,7 @@ class _Difference:
         baseline_figures: np.ndarray,
         figures: np.ndarray,
         value: Callable[[Outcomes], np.ndarray],
-        pooled: tuple[float, int],
+        pooled: tuple[float, int | None],
         confidence: float,
         resamples: int,
     ) -> None:
@@ -264,8 +264,11 @@ def _over_rows(
     return float(known.std(ddof=1)) * math.sqrt(rows / (rows - 1)), low, high
 
 
-def _common(figures: Mapping[Name, np.ndarray]) -> tuple[float, int]:
-    """The variance of all together, those set apart as the widest of the others, whose degrees of freedom it has."""
+def _common(figures: Mapping[Name, np.ndarray]) -> tuple[float, int | None]:
+    """The variance of all together, those set apart as the widest of the others, and its degrees of freedom.
+
+    None where some are set apart: those of the two methods that are compared.
+    """
     apart = set_apart(figures)
     within = [name for name in figures if name not in apart]
     variance, freedom = _pooled(figures, within)
@@ -273,7 +276,7 @@ def _common(figures: Mapping[Name, np.ndarray]) -> tuple[float, int]:
         return variance, freedom
     widest = max(float(figures[name].var(ddof=1)) for name in within if len(figures[name]) > 1)
     more = sum(len(figures[name]) - 1 for name in apart)
-    return (variance * freedom + widest * more) / (freedom + more), freedom
+    return (variance * freedom + widest * more) / (freedom + more), None
 
 
 def _pooled(figures: Mapping[Name, np.ndarray], names: Sequence[Name]) -> tuple[float, int]:
@@ -283,7 +286,7 @@ def _pooled(figures: Mapping[Name, np.ndarray], names: Sequence[Name]) -> tuple[
     return (squares / freedom if freedom else 0.0), freedom
 
 
-def _over_seeds(first: np.ndarray, second: np.ndarray, pooled: tuple[float, int]) -> tuple[float, float]:
+def _over_seeds(first: np.ndarray, second: np.ndarray, pooled: tuple[float, int | None]) -> tuple[float, float]:
     """Standard error of a difference of two means over seeds, and its degrees of freedom; 0 of them = unknown."""
     variance, freedom = pooled
     together = variance * (1 / len(first) + 1 / len(second))
@@ -292,6 +295,6 @@ def _over_seeds(first: np.ndarray, second: np.ndarray, pooled: tuple[float, int]
     parts = [(float(values.var(ddof=1)) / len(values), len(values) - 1) for values in (first, second)]
     own = sum(part for part, _ in parts)
     if own <= together * (1 + 1e-9):  # of two methods alone both are the same, up to rounding
-        return math.sqrt(together), freedom
+        return math.sqrt(together), len(first) + len(second) - 2 if freedom is None else freedom
     welch = own**2 / sum(part**2 / part_freedom for part, part_freedom in parts)
     return math.sqrt(own), welch
