@@ -174,7 +174,7 @@ def _check_optimizer(arguments: TrainingArguments, model: Any) -> None:
 
 
 def check_beginning(recipe: Recipe, base: Any) -> None:
-    """Refuse, before any data are read, what a run of this recipe would not get past on its base model.
+    """Refuse what no run of this recipe would get past on its base model, whatever its data.
 
     Args:
         base: gets the adapter; names and shapes will do (models.empty_base).
