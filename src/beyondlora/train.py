@@ -173,6 +173,17 @@ def _check_optimizer(arguments: TrainingArguments, model: Any) -> None:
         refuse_optimizer(kind)
 
 
+def check_beginning(recipe: Recipe, base: Any) -> None:
+    """Refuse what no run of this recipe would get past on its base model, whatever its data.
+
+    Args:
+        base: gets the adapter; names and shapes will do (models.empty_base).
+    Raises: ValueError.
+    """
+    arguments = _training_arguments(recipe)
+    _check_optimizer(arguments, attach(base, config_from(recipe), recipe))
+
+
 def _training_arguments(recipe: Recipe) -> TrainingArguments:
     _check_names(recipe)
     renamed: dict[str, Any] = {"gradient_checkpointing": recipe.gradient_checkpointing}

@@ -9,24 +9,27 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import small_runs
 
 from beyondlora import interrupts
-from beyondlora.compare import compare
+from beyondlora.compare import compare, runs
 from beyondlora.compare import published as published_format
 from beyondlora.compare.grid import Grid
 from beyondlora.compare.held_out import check_apart, cut_off
 from beyondlora.compare.runs import HeldOut, append_result, check_same, expected, read_results, train_and_measure
-from beyondlora.data import read_splits, splits
+from beyondlora.compare.words import caption
+from beyondlora.data import hold_out, read_rows, read_splits, splits
 from beyondlora.evaluate import evaluate
 from beyondlora.progress import Progress
 from beyondlora.recipe import Recipe
 from beyondlora.run_folder import alone_in
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+CERA = {"peft_type": "CERA"}
 HUGE = 1e30  # a learning rate that ends in nan
 
 
@@ -58,16 +61,21 @@ def grid(house, output, **block):
     return Grid.from_mapping(mapping(house, output, **block))
 
 
+def occupy(planned, method):
+    """Put a stranger's file where each run of a method would go, so that it fails."""
+    for run in planned.runs:
+        if run.method == method:
+            Path(run.recipe.output_dir).mkdir(parents=True)
+            Path(run.recipe.output_dir, "notes.txt").write_text("mine")
+
+
 @pytest.fixture(scope="module")
 def finished(house, tmp_path_factory):
-    """A comparison with a learning rate that diverges and a method that cannot be: (folder, grid, outcome, said)."""
+    """A comparison with a learning rate that diverges and one whose folders are taken: folder, grid, outcome, said."""
     folder, told = tmp_path_factory.mktemp("compare") / "out", Told()
-    methods = {
-        "LoRA": {"peft_type": "LORA"},
-        "CeRA": {"peft_type": "CERA"},
-        "too wide": {"peft_type": "STELLA", "r": 4096},
-    }
+    methods = {"LoRA": {"peft_type": "LORA"}, "CeRA": {"peft_type": "CERA"}, "occupied": {"peft_type": "LORA"}}
     planned = grid(house, folder, methods=methods, learning_rate=[1e-2, HUGE])
+    occupy(planned, "occupied")
     return folder, planned, compare(planned, jobs=2, progress=told), told.lines
 
 
@@ -84,15 +92,15 @@ def test_every_run_is_one_line_and_what_went_wrong_is_a_result(finished):
         ("LoRA", HUGE): "diverged",
         ("CeRA", 1e-2): "finished",
         ("CeRA", HUGE): "diverged",
-        ("too wide", 1e-2): "failed",
-        ("too wide", HUGE): "failed",
+        ("occupied", 1e-2): "failed",
+        ("occupied", HUGE): "failed",
     }
-    assert all("r=4096" in line["error"] for line in lines if line["status"] == "failed")
-    assert any("too-wide" in line and "failed" in line for line in said)
+    assert all("holds files that no run wrote" in line["error"] for line in lines if line["status"] == "failed")
+    assert any("occupied" in line and "failed" in line for line in said)
     notes = " ".join(outcome.notes)
     assert "diverged: 2 of LoRA, 2 of CeRA" in notes
-    assert "failed: 4 of too wide" in notes
-    assert [arm.name for arm in outcome.arms if arm.chosen is None] == ["too wide"]
+    assert "failed: 4 of occupied" in notes
+    assert [arm.name for arm in outcome.arms if arm.chosen is None] == ["occupied"]
 
 
 def test_figures_are_those_of_the_runs_on_rows_that_nothing_was_chosen_on(finished):
@@ -193,6 +201,17 @@ def test_a_line_cut_short_by_a_kill_is_neither_read_nor_in_the_way(tmp_path):
     (tmp_path / "results.jsonl").write_text("not json\n")
     with pytest.raises(ValueError, match="line 1 is damaged"):
         read_results(tmp_path)
+
+
+def test_a_line_is_what_will_be_read_again(house, tmp_path, monkeypatch):
+    """A figure that is not finite is none at once, and the same command twice says the same."""
+    planned = grid(house, tmp_path / "out", seed=[0], learning_rate=[1e-2])
+    result = {"status": "finished", "error": "", "validation": {"perplexity": {"value": float("nan"), "n": 3}}}
+    monkeypatch.setattr(runs, "side_by_side", lambda *_, **__: (pair for pair in [(0, result), (1, result)]))
+    test = HeldOut("test.txt", "t", 9, None)
+    lines = list(runs.run_all(planned.runs, test, {}, tmp_path, jobs=1, progress=Progress()))
+    assert lines == list(read_results(tmp_path).values())
+    assert lines[0]["validation"]["perplexity"]["value"] is None
 
 
 def test_what_is_finished_is_not_run_again_and_what_failed_is(finished, tmp_path):
@@ -340,18 +359,158 @@ def test_two_comparisons_are_not_at_work_in_one_folder(finished, house, tmp_path
         pass
 
 
+def of_one_method(finished, house, folder):
+    """The grid of LoRA alone, finished already in a folder."""
+    folder.mkdir()
+    lines = [line for line in (finished[0] / "results.jsonl").read_text().splitlines() if '"arm": "LoRA"' in line]
+    (folder / "results.jsonl").write_text("\n".join(lines).replace(f"{finished[0]}/data", f"{folder}/data") + "\n")
+    return grid(house, folder, methods={"LoRA": {"peft_type": "LORA"}}, learning_rate=[1e-2, HUGE])
+
+
+def another(finished, folder, change=dict):
+    """The comparison again in another folder, each line changed."""
+    folder.mkdir(parents=True)
+    for line in read_results(finished[0]).values():
+        append_result(folder, change(line))
+    return folder
+
+
 def test_runs_of_another_folder_stand_in_the_table(finished, house, tmp_path):
-    folder, *_ = finished
-    copied = tmp_path / "out"
-    copied.mkdir()
-    lines = [line for line in (folder / "results.jsonl").read_text().splitlines() if '"arm": "LoRA"' in line]
-    (copied / "results.jsonl").write_text("\n".join(lines).replace(f"{folder}/data", f"{copied}/data") + "\n")
-    one = grid(house, copied, methods={"LoRA": {"peft_type": "LORA"}}, learning_rate=[1e-2, HUGE])
-    shutil.copytree(folder, tmp_path / "other", ignore=shutil.ignore_patterns("runs"))
-    outcome = compare(one, joined=[tmp_path / "other"])
-    assert {"LoRA", "LoRA (other)", "CeRA (other)"} <= {arm.name for arm in outcome.arms}
-    assert outcome.comparisons["LoRA (other)"].difference == 0
-    assert outcome.comparisons["LoRA (other)"].verdict == "within noise"
+    one = of_one_method(finished, house, tmp_path / "out")
+    other, namesake = another(finished, tmp_path / "other"), another(finished, tmp_path / "old" / "other")
+    outcome = compare(one, joined=[other, namesake])
+    names = {arm.name for arm in outcome.arms}
+    assert {"LoRA", f"LoRA ({tmp_path.name}/other)", "LoRA (old/other)", "CeRA (old/other)"} <= names
+    assert all(len(arm.lines) in (0, 2) for arm in outcome.arms)
+    assert outcome.comparisons["LoRA (old/other)"].difference == 0
+    assert outcome.comparisons["LoRA (old/other)"].verdict == "within noise"
+    assert outcome.alike
+    # One file a run: two seeds of LoRA here, of LoRA and CeRA in either of the others.
+    assert len(list((tmp_path / "out" / "method_comparison").glob("*.json"))) == 2 + 2 * 4
+
+
+def test_the_same_runs_are_not_joined_as_new_evidence(finished, house, tmp_path):
+    one, other = of_one_method(finished, house, tmp_path / "out"), another(finished, tmp_path / "other")
+    with pytest.raises(ValueError, match=r"names .*other twice: .* new evidence"):
+        compare(one, joined=[other, tmp_path / "out" / ".." / "other"])
+    with pytest.raises(ValueError, match=r"--join .*out is this comparison's own folder"):
+        compare(one, joined=[tmp_path / "out"])
+    first = next(iter(read_results(other).values()))
+    append_result(other, first | {"run": "again"})
+    with pytest.raises(ValueError, match=r"other.results.jsonl: the runs .* and again are of one arm"):
+        compare(one, joined=[other])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda line: line | {"recipe": line["recipe"] | {"max_steps": 400}},
+            "another recipe .*max_steps: 400",
+        ),
+        (lambda line: line | {"recipe": line["recipe"] | {"gone_key": 1}}, "'gone_key' is not a key of a recipe"),
+        (
+            lambda line: {name: line[name] for name in line if name != "tokens_per_row"},
+            "has no tokens_per_row.",
+        ),
+        (
+            lambda line: line | {"validation": {}, "items": {}},
+            "has no validation: perplexity, items: nll, ",
+        ),
+        (lambda line: {"run": line["run"]}, "has no method, arm, searched"),
+    ],
+)
+def test_runs_made_in_another_way_are_not_joined(finished, house, tmp_path, change, message):
+    one, other = of_one_method(finished, house, tmp_path / "out"), another(finished, tmp_path / "other", change)
+    with pytest.raises(ValueError, match=rf"other.results.jsonl: the .*run lora-.*{message}"):
+        compare(one, joined=[other])
+
+
+def test_a_recipe_of_another_version_is_refused_with_its_file_and_run(finished, house, tmp_path):
+    one = of_one_method(finished, house, tmp_path / "out")
+    name, line = next(iter(read_results(tmp_path / "out").items()))
+    append_result(tmp_path / "out", line | {"recipe": line["recipe"] | {"gone_key": 1}})
+    with pytest.raises(ValueError, match=rf"results.jsonl: the recipe of the run {name} is none .*'gone_key'"):
+        compare(one)
+
+
+def test_a_joined_arm_is_not_the_baseline_and_another_search_is_said(finished, house, tmp_path):
+    def better_and_wider(line):
+        if line["status"] != "finished":
+            return line
+        rate = {"learning_rate": 2e-2}
+        value = {"perplexity": {"value": 1.0, "stderr": 0.1}}
+        return line | {"validation": value, "searched": rate, "recipe": line["recipe"] | rate}
+
+    one = of_one_method(finished, house, tmp_path / "out")
+    outcome = compare(one, joined=[another(finished, tmp_path / "other", better_and_wider)])
+    assert outcome.arms[0].chosen.validation == 1.0
+    assert outcome.baseline.name == "LoRA"
+    assert any("Not searched like the arms of this grid: LoRA (other), CeRA (other)" in note for note in outcome.notes)
+    assert "alike for every arm" not in caption(outcome)
+
+
+def test_what_was_forgotten_of_another_corpus_is_no_comparison(house):
+    recipe, test = small_runs.recipe(house), HeldOut("test.txt", "t", 9, None)
+    line = expected(recipe, test, "d", None, "one corpus")
+    check_same({"one": line}, expected(recipe, test, "d", None), Path("here"))  # nothing is compared by it
+    check_same({"one": line}, line, Path("here"))
+    with pytest.raises(ValueError, match="forgetting_sha256: one corpus, here another"):
+        check_same({"one": line}, expected(recipe, test, "d", None, "another"), Path("here"))
+
+
+def test_a_run_that_was_trained_on_other_rows_is_not_taken_up(house, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text((house / "text.txt").read_text())
+    values = mapping(house, tmp_path / "out", methods={"LoRA": {"peft_type": "LORA"}}, seed=[0], learning_rate=[1e-2])
+    planned = Grid.from_mapping(values | {"dataset_name": str(text)})
+    compare(planned, jobs=1)
+    (tmp_path / "out" / "results.jsonl").unlink()
+    compare(planned, jobs=1)  # the run is there, and only its line is missing
+    (tmp_path / "out" / "results.jsonl").unlink()
+    text.write_text(text.read_text().replace("cat", "cow"))
+    with pytest.raises(ValueError, match=r"out.runs.lora-.* was trained on other rows .*Delete that folder"):
+        compare(planned, jobs=1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"optim": "adamw_bogus"}, "grid: LoRA cannot be trained: optim='adamw_bogus' is unknown"),
+        ({"grid": {"optim": ["adamw_torch", "adamw_bogus"]}}, "LoRA cannot be trained: optim='adamw_bogus' is unknown"),
+        (
+            {
+                "grid": {
+                    "methods": {
+                        "LoRA": {"peft_type": "LORA"},
+                        "CeRA": {"peft_type": "CERA", "target_modules": "q_porj"},
+                    }
+                }
+            },
+            "grid: CeRA cannot be trained: adapter: .*q_porj",
+        ),
+    ],
+    ids=["optim", "one optim", "modules"],
+)
+def test_what_cannot_be_begun_is_refused_before_the_first_run(house, tmp_path, change, message):
+    values = mapping(house, tmp_path / "out", **change.pop("grid", {}))
+    with pytest.raises(ValueError, match=message):
+        compare(Grid.from_mapping(values | change))
+    assert not (tmp_path / "out" / "runs").exists()
+
+
+def test_a_method_that_begins_with_the_weights_themselves_is_let_in(house, tmp_path):
+    methods = {"PiSSA": {"peft_type": "LORA", "init_lora_weights": "pissa"}}
+    outcome = compare(grid(house, tmp_path / "out", methods=methods, seed=[0], learning_rate=[1e-3]), jobs=1)
+    assert outcome.baseline.name == "PiSSA"
+
+
+def test_a_comparison_whose_baseline_failed_is_written_and_is_an_error(house, tmp_path):
+    planned = grid(house, tmp_path / "out", learning_rate=[1e-2], seed=[0], baseline="CeRA")
+    occupy(planned, "CeRA")
+    with pytest.raises(ValueError, match=r"baseline CeRA has no result \(1 of .* cera-lr0.01-seed0: FileExistsError"):
+        compare(planned, jobs=2)
+    assert "no result" in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_an_absurd_grid_is_counted_and_refused_without_yes(house, tmp_path):
@@ -399,6 +558,49 @@ def test_a_test_text_inside_the_validation_text_is_refused_wherever_its_blocks_b
         check_apart(recipe, read_splits(recipe), str(tmp_path / "late.txt"))
     # Training rows that are test rows: said, not refused.
     assert check_apart(recipe, read_splits(recipe), str(tmp_path / "early.txt")) == 4
+
+
+def sentences_of(tmp_path, texts):
+    rows = [json.dumps({"sentence1": text, "label": ("good", "bad")[n % 2]}) for n, text in enumerate(texts)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
+    return {"task": "sequence-classification", "dataset_name": str(tmp_path / "rows.jsonl")}
+
+
+def test_rows_that_are_the_same_are_cut_off_together(house, tmp_path):
+    texts = [f"sentence {number % 50}" for number in range(100)]
+    recipe = small_runs.recipe(house, **sentences_of(tmp_path, texts))
+    rest, test = cut_off(recipe, 0.2, tmp_path / "data")
+    kept, tested = (Counter(read_rows(name)["sentence1"]) for name in (rest.dataset_name, test))
+    assert kept + tested == Counter(texts)
+    assert not kept.keys() & tested.keys()
+    assert tested.total() == 20
+    assert check_apart(rest, read_splits(rest), test) == 0
+    distinct = small_runs.recipe(house, **sentences_of(tmp_path, list(map(str, range(100)))))
+    _, test = cut_off(distinct, 0.2, tmp_path / "data")
+    assert read_rows(test)["sentence1"] == hold_out(distinct, 0.2)[1]["sentence1"]  # as validation rows are drawn
+    same = small_runs.recipe(house, **sentences_of(tmp_path, ["one", "two"] * 50))
+    with pytest.raises(ValueError, match="100 rows are 2 different ones, and none comes so seldom"):
+        cut_off(same, 0.2, tmp_path / "data")
+
+
+def test_texts_that_share_some_lines_are_not_the_same(house, tmp_path):
+    header = [f"Licensed under the one licence that everybody writes above all of it, {n}" for n in range(3)]
+    body = "a line of file {} that stands in no other one, and is long enough to count: {}"
+    texts = ["\n".join([*header, *(body.format(file, line) for line in range(4))]) for file in range(30)]
+    (tmp_path / "code.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    recipe = small_runs.recipe(house, dataset_name=str(tmp_path / "code.jsonl"), eval_fraction=0.2)
+    rest, test = cut_off(recipe, 0.2, tmp_path / "data")
+    assert check_apart(rest, read_splits(rest), test) == 0
+    changed = [text.replace("count: 3", "count: three") for text in texts]  # one line of each: still the same texts
+    (tmp_path / "again.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in changed))
+    with pytest.raises(ValueError, match=r"^5 of the validation rows are test rows too"):
+        check_apart(rest, read_splits(rest), str(tmp_path / "again.jsonl"))
+
+
+def test_evaluation_rows_of_the_hub_keep_their_configuration(house, tmp_path):
+    named = sentences_of(tmp_path, list(map(str, range(100)))) | {"dataset_config": "sst2", "eval_dataset_name": "glue"}
+    rest, _ = cut_off(small_runs.recipe(house, **named), 0.2, tmp_path / "data")
+    assert (rest.eval_dataset_name, rest.dataset_config) == ("glue", "sst2")
 
 
 def test_the_test_rows_are_cut_off_as_they_stand(house, tmp_path):

@@ -47,6 +47,7 @@ def test_what_is_left_out_has_its_default():
     assert {run.seed for run in grid(seed=7).runs} == {7}
     assert grid(metric="loss", baseline="LoRA r=8").metric.name == "loss"
     assert grid().pairs == []
+    assert grid(title=None, metric=None, max_test_samples=None).title is None
     assert grid(pairs=[["LoRA r=4", "LoRA r=8"]]).pairs == [("LoRA r=4", "LoRA r=8")]
 
 
@@ -141,6 +142,17 @@ def test_plain_lists_are_grids_and_underscored_ones_are_paired():
         ({"test_fraction": 0}, "between 0 and 1"),
         ({"confidence": 95}, "for example 0.95"),
         ({"confidence": 1.0}, "for example 0.95"),
+        ({"confidence": None}, "confidence is empty; give a number such as 0.95, or leave the key out"),
+        ({"confidence": [0.9]}, r"confidence is \[0.9\] \(list\); give a number"),
+        ({"confidence": True}, r"confidence is True \(bool\)"),
+        ({"test_fraction": "0.1"}, r"test_fraction is '0.1' \(str\); give a number between 0 and 1"),
+        ({"baseline": ["LoRA"]}, r"baseline is \['LoRA'\] \(list\); give the name"),
+        ({"baseline": None}, "baseline is empty"),
+        ({"metric": 5}, r"metric is 5 \(int\); give the name of a metric"),
+        ({"max_test_samples": 0}, r"max_test_samples is 0 \(int\); give a whole number greater than 0"),
+        ({"max_test_samples": 1.5}, "max_test_samples is 1.5"),
+        ({"test_dataset_name": 3, "test_fraction": None}, "test_dataset_name is 3"),
+        ({"title": 2024}, r"title is 2024 \(int\); give text \(put it in quotes\)"),
         ({"confidence": 0.4}, "for example 0.95"),
         ({"pairs": [["DoRA", "LoRA r=2"]]}, "'LoRA r=2' is none of the arms; did you mean 'LoRA r=8'"),
         ({"pairs": [["DoRA", "LoRA"]]}, "'LoRA' is none of the arms"),

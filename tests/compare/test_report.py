@@ -1,6 +1,7 @@
 """The page and the pictures: whole, self-contained, and as a browser shows them."""
 
 import dataclasses
+import io
 import json
 import re
 import shutil
@@ -10,12 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from beyondlora.compare import pictures, report
 from beyondlora.compare.arms import as_mapping, outcome_of
 from beyondlora.compare.grid import Grid
 from beyondlora.compare.report import page
-from beyondlora.compare.words import caption, cells, markdown, pair_verdicts, verdicts
+from beyondlora.compare.words import caption, cells, markdown, pair_verdicts, table, verdicts
 from beyondlora.run_folder import RunFolder
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -194,6 +196,79 @@ def test_a_choice_that_other_validation_rows_might_not_make_is_said():
     assert told(0.09) == told(None) == []
 
 
+def correlated(validation, constant=(), spread=()):
+    """A made-up grid: method -> its correlation on the validation rows; on test rows some predict one number.
+
+    spread: method -> how much noisier each further seed is.
+    """
+    mapping = {
+        "task": "sequence-regression",
+        "model_name_or_path": "demo",
+        "output_dir": "out",
+        "dataset_name": "rows.jsonl",
+        "grid": {
+            "methods": {name: {"peft_type": "LORA", "r": [2, 4] if name == "base" else 8} for name in validation},
+            "seed": [0, 1, 2],
+            "test_fraction": 0.5,
+        },
+    }
+    grid, draw = Grid.from_mapping(mapping), np.random.default_rng(0)
+    label = draw.normal(size=60)
+    lines = []
+    for run in grid.runs:
+        predicted = (
+            np.zeros(60)
+            if run.method in constant
+            else label + (1 + run.seed * dict(spread).get(run.method, 0)) * draw.normal(size=60)
+        )
+        value = validation[run.method]
+        value = value[run.recipe.adapter["r"]] if isinstance(value, dict) else value
+        lines.append(
+            identity(run)
+            | {"status": "finished", "error": "", "validation": {"pearson": {"value": value}}, "test": {}}
+            | {"items": {"predicted": predicted.tolist(), "label": label.tolist()}}
+            | {"trainable_parameters": 1, "train_seconds": 1.0, "peak_memory_bytes": 1}
+        )
+    return outcome_of(grid, lines, title="correlated")
+
+
+def test_what_has_no_figure_has_no_result_and_the_rest_is_judged():
+    found = correlated({"base": {2: 0.5, 4: 0.4}, "blind": None, "constant": 0.1, "good": 0.3}, constant=["constant"])
+    assert {arm.name: cells(found, arm)[7] for arm in found.arms if arm is not found.baseline} == {
+        "base r=4": "within noise",
+        "good": "within noise",
+        "blind": "no result",
+        "constant": "no result",
+    }
+    notes = " ".join(found.notes)
+    assert "whose figure on the validation rows is no finite number: 1 of blind" in notes
+    assert "No result, for the figure on the test rows is no finite number: constant." in notes
+    assert "no result" in page(found, {}, command="c", machine=[])
+
+
+def test_a_figure_of_zero_is_a_figure():
+    found = correlated({"base": {2: 0.0, 4: -0.2}, "good": 0.3})
+    assert [arm.name for arm in found.arms] == ["good", "base r=2", "base r=4"]
+    assert found.baseline.name == "base r=2"
+
+
+def test_an_arm_whose_seeds_spread_far_more_is_named():
+    def notes(spread):
+        found = correlated({"base": {2: 0.5, 4: 0.4}, "good": 0.3, "wild": 0.2}, spread={"wild": spread})
+        return [note for note in found.notes if note.startswith(("The seeds of", "wild"))]
+
+    assert notes(0) == []
+    assert notes(0.5)[0].startswith("wild sets the margin")
+    assert notes(3)[0].startswith("The seeds of wild spread clearly more than the others'")
+
+
+def test_where_the_rows_cannot_tell_the_sentence_says_why(outcome):
+    name, comparison = next(iter(outcome.comparisons.items()))
+    unknown = dataclasses.replace(comparison, low=None, high=None, p_corrected=None, verdict="no verdict")
+    (sentence,) = verdicts(dataclasses.replace(outcome, comparisons={name: unknown}))
+    assert "for on too many resampled rows the figure is not defined" in sentence
+
+
 def test_the_search_is_a_table_with_a_column_a_setting(outcome):
     found = markdown(graded({"base": MIDDLE, "best": EDGE}), command="c").split("\n\n")[-1].splitlines()
     assert found == [
@@ -204,6 +279,15 @@ def test_the_search_is_a_table_with_a_column_a_setting(outcome):
     ]
     (lost,) = (line for line in markdown(outcome, command="c").splitlines() if "diverged)" in line)
     assert lost.startswith("| <b>bold</b> & Co | – (1 of 2 diverged) | **")
+
+
+def test_the_terminal_shows_names_and_title_as_they_are_written():
+    found = graded({"base": MIDDLE, "best [/x] [v2]": EDGE})
+    found = dataclasses.replace(found, title="Draft [v2] and [/x]")
+    console = Console(width=200, file=io.StringIO())
+    console.print(table(found))
+    assert "Draft [v2] and [/x]" in console.file.getvalue()
+    assert "best [/x] [v2]" in console.file.getvalue()
 
 
 def test_many_cards_without_a_difference_are_folded_away(monkeypatch):
@@ -228,7 +312,7 @@ def test_a_pair_is_answered_apart_from_the_table():
     (sentence,) = pair_verdicts(found)
     assert sentence.startswith("best is within noise of other: +0.0400 accuracy, 95% interval -")
     assert "comparisons at once" not in sentence
-    assert "Not compared, for want of a setting that finished with every seed: lost and base." in found.notes
+    assert "Not compared, for want of a result: lost and base." in found.notes
     written, shown = markdown(found, command="x"), page(found, {}, command="x", machine=[])
     for text in (written, shown):
         assert sentence in text

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from beyondlora.compare.statistics import compare_pairs, compare_with, holm
+from beyondlora.compare.metrics import METRICS
+from beyondlora.compare.statistics import JACKKNIFED, compare_pairs, compare_with, holm, set_apart
 
 ROWS = 60
 
@@ -48,6 +49,7 @@ def verdicts(grid, **settings):
         {"arms": 2, "seeds": 3, "seed_spread": 0.0},
         {"arms": 4, "seeds": 3, "seed_spread": 0.1},
         {"arms": 4, "seeds": 3, "seed_spread": 0.1, "spreads": [1, 4, 0.1, 0.1]},
+        {"arms": 4, "seeds": 3, "seed_spread": 0.1, "spreads": [1, 1, 1, 30]},
     ],
     ids=str,
 )
@@ -89,6 +91,37 @@ def test_better_means_what_the_metric_means():
     grid = simulated(np.random.default_rng(0), arms=2, seed_spread=0, effect=2.0)
     assert verdicts(grid, higher_is_better=True) == {"1": "better"}
     assert verdicts(grid, higher_is_better=False) == {"1": "worse"}
+
+
+def test_an_unstable_method_does_not_hide_a_difference_between_calm_ones():
+    draw = np.random.default_rng(5)
+    base, good, bad, wild, wilder = (
+        {"x": np.repeat(mean + spread * draw.normal(size=(3, 1)), ROWS, axis=1)}
+        for mean, spread in ((0, 0.01), (0.2, 0.01), (-0.2, 0.01), (5, 1), (5, 3))
+    )
+    others = {"good": good, "bad": bad, "wild": wild, "wilder": wilder}
+    found = compare_with(base, others, mean, higher_is_better=True)
+    assert (found["good"].verdict, found["bad"].verdict) == ("better", "worse")
+    spreads = [mean(arm).var(ddof=1) for arm in (base, good, bad)]
+    error = np.sqrt((sum(spreads) + 2 * max(spreads)) / 5 * 2 / 3)  # the two count as the widest of the three
+    assert found["good"].p == pytest.approx(2 * stats.t.sf(found["good"].difference / error, 4), rel=1e-6)
+    # An unstable method itself has the margin of its own few seeds.
+    expected = stats.ttest_ind(mean(wild), mean(base), equal_var=False)
+    assert found["wild"].p == pytest.approx(expected.pvalue, rel=1e-6)
+    assert set_apart({"base": mean(base), **{name: mean(rows) for name, rows in others.items()}}) == ["wilder", "wild"]
+
+
+@pytest.mark.parametrize(("arms", "seeds"), [(2, 3), (4, 3), (10, 5)])
+def test_methods_whose_seeds_spread_alike_are_seldom_set_apart(arms, seeds):
+    draw, grids = np.random.default_rng(6), 1000
+    apart = sum(bool(set_apart(dict(enumerate(draw.normal(size=(arms, seeds)))))) for _ in range(grids))
+    assert apart / grids <= 0.015  # 0.01, and three standard errors more would be 0.019
+
+
+def test_seeds_that_are_all_equal_by_chance_set_no_other_method_apart():
+    draw = np.random.default_rng(10)
+    figures = {name: draw.normal(size=3) for name in "abc"} | {"an accuracy on few rows": np.full(3, 0.5)}
+    assert set_apart(figures) == []
 
 
 # Against scipy and laws ----------------------------------------------------------------------------------------------
@@ -205,3 +238,57 @@ def test_too_few_rows_for_the_interval_are_refused(rows, confidence, needed):
 def test_methods_that_agree_on_every_row_are_within_noise():
     grid = simulated(np.random.default_rng(0), arms=1)
     assert verdicts([grid[0], grid[0]]) == {"1": "within noise"}
+
+
+def pearson(label, predictions):
+    return {"predicted": np.asarray(predictions, float), "label": np.repeat(label[None], len(predictions), axis=0)}
+
+
+def test_a_figure_that_does_not_exist_gives_no_verdict_and_leaves_the_others_theirs():
+    draw = np.random.default_rng(7)
+    label = draw.normal(size=ROWS)
+    base, good = (pearson(label, share * label + draw.normal(size=(3, ROWS))) for share in (0.3, 3))
+    constant, all_but_one = np.zeros((3, ROWS)), np.zeros((3, ROWS))
+    all_but_one[:, 0] = 1, 1.001, 1.002
+    others = {"good": good, "constant": pearson(label, constant), "all but one": pearson(label, all_but_one)}
+    value = METRICS["sequence-regression"][0].value
+    with pytest.warns(stats.ConstantInputWarning):
+        found = compare_with(base, others, value, higher_is_better=True)
+    without = compare_with(base, {"good": good, "all but one": others["all but one"]}, value, higher_is_better=True)
+    assert {name: comparison.verdict for name, comparison in found.items()} == {
+        "good": "better",
+        "constant": "no verdict",
+        "all but one": "no verdict",
+    }
+    assert found["good"] == without["good"]
+
+
+def test_the_error_is_that_of_the_resampled_rows_which_have_a_figure():
+    grid = simulated(np.random.default_rng(8), arms=2)
+    for arm in grid:
+        arm["needed"] = np.repeat(np.arange(ROWS)[None] < 4.0, 3, axis=0)  # one of four rows: 2 % of samples have none
+
+    def sometimes(rows):
+        return np.where(rows["needed"].any(axis=-1), mean(rows), np.nan)
+
+    with_all, with_most = (
+        compare_with(grid[0], {"1": grid[1]}, value, higher_is_better=True)["1"] for value in (mean, sometimes)
+    )
+    assert with_most.high - with_most.low == pytest.approx(with_all.high - with_all.low, rel=0.02)
+    assert with_most.rows_high - with_most.rows_low == pytest.approx(with_all.rows_high - with_all.rows_low, rel=0.1)
+
+
+def test_of_many_rows_not_each_is_left_out_in_turn():
+    def evaluated(rows):
+        sets = []
+        grid = simulated(np.random.default_rng(9), arms=2, rows=rows)
+
+        def value(outcomes):
+            sets.append(int(np.prod(outcomes["x"].shape[1:-1])))
+            return mean(outcomes)
+
+        compare_with(grid[0], {"1": grid[1]}, value, higher_is_better=True, resamples=200)
+        return sum(sets) // 2
+
+    assert evaluated(JACKKNIFED) > JACKKNIFED
+    assert evaluated(JACKKNIFED + 1) < 300

@@ -2,16 +2,17 @@
 
 import json
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from .grid import Grid
+from .grid import SEARCHED, Grid
 from .metrics import Metric
 from .runs import DIVERGED, FAILED, FINISHED, Line
-from .statistics import Comparison, compare_pairs, compare_with
+from .statistics import Comparison, compare_pairs, compare_with, set_apart, sets_margin
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Setting:
 
     searched: dict[str, Any]
     lines: list[Line]  # by seed
-    validation: float | None  # mean over the seeds; None where one diverged or failed
+    validation: float | None  # mean over the seeds; None where one diverged, failed or has no figure
 
     @property
     def learning_rate(self) -> float:
@@ -35,7 +36,7 @@ class Arm:
     name: str
     method: str
     settings: list[Setting]
-    chosen: Setting | None  # None where no setting has a finished run with every seed
+    chosen: Setting | None  # None where no setting has a figure with every seed, on validation and on test rows
     at_edge: bool  # the chosen learning rate is the smallest or largest tried
     figures: np.ndarray  # on the test rows, one a seed
     outcomes: dict[str, np.ndarray]  # (seeds, rows)
@@ -74,6 +75,15 @@ class Outcome:
         return max((len(arm.lines) for arm in self.arms), default=0)
 
     @property
+    def alike(self) -> bool:
+        """Whether every arm was chosen from the same settings."""
+        searches = {
+            json.dumps(sorted([setting.lines[0]["recipe"][key] for key in SEARCHED] for setting in arm.settings))
+            for arm in self.arms
+        }
+        return len(searches) < 2
+
+    @property
     def rows(self) -> int:
         """The number of test rows that the metric is of."""
         return next((rows.shape[-1] for arm in self.arms for rows in arm.outcomes.values()), 0)
@@ -83,9 +93,10 @@ def outcome_of(grid: Grid, lines: Sequence[Line], *, title: str, notes: Sequence
     """Choose on validation, compare on test."""
     arms = [_arm(name, group, grid.metric) for name, group in _grouped(lines, lambda line: line["arm"]).items()]
     sign = -1 if grid.metric.higher_is_better else 1
-    arms.sort(key=lambda arm: sign * arm.chosen.validation if arm.chosen and arm.chosen.validation else math.inf)
+    arms.sort(key=lambda arm: math.inf if arm.chosen is None else sign * (arm.chosen.validation or 0.0))
     judged = [arm for arm in arms if arm.chosen]
-    baseline = next((arm for arm in judged if grid.baseline in (arm.name, arm.method)), None)
+    own = [arm for arm in judged if arm.name in grid.arms]  # a joined one is nobody's baseline
+    baseline = next((arm for arm in own if grid.baseline in (arm.name, arm.method)), None)
     how: dict[str, Any] = {"higher_is_better": grid.metric.higher_is_better, "confidence": grid.confidence}
     outcomes = {arm.name: arm.outcomes for arm in judged}
     comparisons = {}
@@ -107,13 +118,18 @@ def _arm(name: str, lines: Sequence[Line], metric: Metric) -> Arm:
     rates = [setting.learning_rate for setting in settings]
     kept = [line["items"] for line in chosen.lines] if chosen else []
     outcomes = {key: np.array([items[key] for items in kept]) for key in metric.needs} if kept else {}
+    with warnings.catch_warnings():  # predictions that are all alike have no correlation, and numpy says so
+        warnings.simplefilter("ignore")
+        figures = metric.value(outcomes) if chosen else np.array([])
+    if not np.isfinite(figures).all():
+        chosen, figures, outcomes = None, np.array([]), {}
     return Arm(
         name=name,
         method=lines[0]["method"],
         settings=settings,
         chosen=chosen,
         at_edge=chosen is not None and len(set(rates)) > 1 and chosen.learning_rate in (min(rates), max(rates)),
-        figures=metric.value(outcomes) if chosen else np.array([]),
+        figures=figures,
         outcomes=outcomes,
     )
 
@@ -164,14 +180,18 @@ def _notes(grid: Grid, arms: Sequence[Arm], baseline: Arm | None) -> list[str]:
         if counts:
             told = ", ".join(f"{count} of {name}" for name, count in counts.items())
             notes.append(f"Runs that {what}: {told}. A setting with such a run is not chosen.")
+    notes += _undefined(arms)
+    notes += _spreads({arm.name: arm.figures for arm in arms if arm.chosen})
     if baseline is None:
-        notes.append(f"The baseline {grid.baseline} has no setting that finished with every seed: no verdict.")
-    elif baseline.name != grid.baseline and sum(arm.method == grid.baseline for arm in arms) > 1:
+        notes.append(f"The baseline {grid.baseline} has no result: no verdict.")
+    elif (
+        baseline.name != grid.baseline and sum(arm.method == grid.baseline for arm in arms if arm.name in grid.arms) > 1
+    ):
         notes.append(f"The baseline is {baseline.name}, the best of {grid.baseline} on the validation rows.")
     judged = {arm.name for arm in arms if arm.chosen}
     lost = [f"{one} and {two}" for one, two in grid.pairs if not {one, two} <= judged]
     if lost:
-        notes.append(f"Not compared, for want of a setting that finished with every seed: {', '.join(lost)}.")
+        notes.append(f"Not compared, for want of a result: {', '.join(lost)}.")
     seeds = len({run.seed for run in grid.runs})
     if seeds == 1:
         notes.append("One seed: how much chance there is in a training is not known, so no verdict is given.")
@@ -179,6 +199,40 @@ def _notes(grid: Grid, arms: Sequence[Arm], baseline: Arm | None) -> list[str]:
         notes.append(
             "Two seeds: where the baseline's results spread several times as wide as the others', a verdict is wrong "
             "more often than in 5 of 100 grids (8 to 10 of 100 simulated ones); a third seed mends it."
+        )
+    return notes
+
+
+def _undefined(arms: Sequence[Arm]) -> list[str]:
+    """What was measured, and came to no number: a correlation of predictions that are all alike, a loss too large."""
+    notes = []
+    unseen = {
+        arm.name: sum(
+            s.validation is None and all(line["status"] == FINISHED for line in s.lines) for s in arm.settings
+        )
+        for arm in arms
+    }
+    if any(unseen.values()):
+        told = ", ".join(f"{count} of {name}" for name, count in unseen.items() if count)
+        notes.append(f"Settings whose figure on the validation rows is no finite number: {told}. They are not chosen.")
+    lost = [arm.name for arm in arms if not arm.chosen and any(s.validation is not None for s in arm.settings)]
+    if lost:
+        notes.append(f"No result, for the figure on the test rows is no finite number: {', '.join(lost)}.")
+    return notes
+
+
+def _spreads(figures: Mapping[str, np.ndarray]) -> list[str]:
+    """Whose seeds spread so much that the verdicts on the others feel it, or would if it were not left out."""
+    notes, apart, widest = [], set_apart(figures), sets_margin(figures)
+    if apart:
+        notes.append(
+            f"The seeds of {', '.join(apart)} spread clearly more than the others': that spread counts in verdicts on "
+            f"{'them' if len(apart) > 1 else 'it'}, and not in the others' margins."
+        )
+    if widest:
+        notes.append(
+            f"{widest} sets the margin: without it, what every verdict allows for seeds would be less than half as "
+            "much. It is left out only where three or more seeds show clearly that they spread more."
         )
     return notes
 

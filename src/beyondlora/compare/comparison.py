@@ -2,33 +2,42 @@
 
 import dataclasses
 import importlib.util
+import itertools
+import json
 import os
 import platform
+import re
 import shlex
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import curves, data
+from .. import curves, data, models
 from ..attach import config_from
-from ..evaluate import device, load_processor
+from ..evaluate import device, load_base, load_processor
 from ..figures import Examination, check_extras
 from ..progress import Progress
 from ..recipe import Recipe
 from ..run_folder import alone_in, write_json, write_text
 from ..tracking import trackers_of
+from ..train import check_beginning
 from . import pictures, published
 from .arms import Outcome, as_mapping, outcome_of
-from .grid import Grid
+from .grid import SEARCHED, Grid, Run
 from .held_out import check_apart, cut_off
 from .report import page
 from .runs import (
     FAILED,
     FINISHED,
+    RESULTS,
     HeldOut,
     Line,
+    check_alike,
     check_planned,
     check_same,
+    check_trained,
+    check_whole,
     expected,
     probe,
     read_results,
@@ -61,7 +70,9 @@ def compare(
         jobs: runs at a time; None = one a core, or one on an accelerator.
         yes: more than MAX_RUNS runs or MAX_HOURS hours are meant.
 
-    Raises: ValueError, FileNotFoundError: bad input. BlockingIOError: another comparison is at work in that folder.
+    Raises:
+        ValueError, FileNotFoundError: bad input; or, once the report is written, a baseline without a result.
+        BlockingIOError: another comparison is at work in that folder.
     """
     progress = progress or Progress()
     _check_extras()
@@ -71,11 +82,12 @@ def compare(
         config_from(runs[0].recipe)  # an unknown method or key
     with alone_in(grid.output, "comparison"):
         grid, test, shared = _settled(grid, progress)
-        others = _joined(joined, shared)
+        others = _joined(joined, grid, shared)
         lines = _lines(grid, test, shared, jobs, yes, progress)
         name, notes = title or grid.output.name, shared_notes(grid, others)
         outcome = outcome_of(grid, [*lines, *others], title=name, notes=notes)
         _write(outcome, grid, command or ["beyondlora", "compare"], progress)
+    _check_baseline(outcome, grid, lines)
     return outcome
 
 
@@ -85,11 +97,15 @@ def _lines(
     """The line of every run of the grid, those that are missing trained first. Raises: ValueError."""
     lines = read_results(grid.output)
     check_planned(lines, grid.runs, grid.output)
-    check_same({run.name: lines[run.name] for run in grid.runs if run.name in lines}, shared, grid.output)
+    there = {run.name: lines[run.name] for run in grid.runs if run.name in lines}
+    check_whole(there, grid.metric, grid.output)
+    check_same(there, shared, grid.output)
     left = [run for run in grid.runs if lines.get(run.name, {"status": FAILED})["status"] == FAILED]
     jobs = jobs or (1 if _on_accelerator() else os.cpu_count() or 1)
     progress.say(f"{grid.describe()}" + (f"; {len(left)} left" if len(left) < len(grid.runs) else ""))
     if left:
+        check_trained(left, shared["data_sha256"])
+        _check_beginnings(left)
         seconds, steps = probe(left[0], test) or (None, max(left[0].recipe.max_steps, 1))
         _agree(len(left), seconds, min(jobs, len(left)), yes, progress)
         progress.begin("compare", steps * len(left))
@@ -135,8 +151,9 @@ def _settled(grid: Grid, progress: Progress) -> tuple[Grid, HeldOut, dict[str, A
     progress.say(f"{splits.description}; test: {evaluation.description}")
     test = HeldOut(path, evaluation.fingerprint, rows, grid.max_test_samples)
     harness = None if examination.harness is None else examination.harness.version
-    shared = expected(recipe, test, splits.fingerprint, harness) | {"tokens_per_row": _tokens_per_row(recipe, splits)}
-    return grid, test, shared
+    corpus = None if examination.corpus is None else examination.corpus.rows.fingerprint
+    shared = expected(recipe, test, splits.fingerprint, harness, corpus)
+    return grid, test, shared | {"tokens_per_row": _tokens_per_row(recipe, splits)}
 
 
 def _tokens_per_row(recipe: Recipe, splits: data.Splits) -> float:
@@ -146,21 +163,99 @@ def _tokens_per_row(recipe: Recipe, splits: data.Splits) -> float:
     return sum(lengths) / len(lengths)
 
 
-def _joined(folders: Sequence[Path], shared: dict[str, Any]) -> list[Line]:
-    """The lines of other comparisons, their arms named after their folder. Raises: FileNotFoundError, ValueError."""
-    lines = []
-    for folder in folders:
+def _check_beginnings(runs: Sequence[Run]) -> None:
+    """Begin every arm once, with each optimizer and schedule that it will have. Raises: ValueError."""
+    first = {(run.arm, run.recipe.optim, run.recipe.lr_scheduler_type): run for run in reversed(runs)}
+    for run in reversed(first.values()):
+        recipe = run.recipe
+        with warnings.catch_warnings():  # which the run itself will show
+            warnings.simplefilter("ignore")
+            try:
+                check_beginning(recipe, models.empty_base(recipe.model_name_or_path, task=recipe.task))
+            except Exception:  # some ways to begin want the weights themselves
+                try:
+                    labels = data.read_splits(recipe).label_names
+                    check_beginning(recipe, load_base(recipe, load_processor(recipe), labels))
+                except Exception as error:
+                    raise ValueError(f"grid: {run.arm} cannot be trained: {error}") from error
+
+
+def _joined(folders: Sequence[Path], grid: Grid, shared: dict[str, Any]) -> list[Line]:
+    """The lines of other comparisons, arms and runs named after their folder. Raises: FileNotFoundError, ValueError."""
+    places, lines = [folder.resolve() for folder in folders], list[Line]()
+    for number, place in enumerate(places):
+        if place == grid.output.resolve():
+            raise ValueError(
+                f"--join {folders[number]} is this comparison's own folder: its runs are in the table anyway"
+            )
+        if place in places[:number]:
+            raise ValueError(
+                f"--join names {place} twice: the same runs again would count as new evidence; name it once"
+            )
+    for folder, label in zip(folders, _labels(places), strict=True):
         found = read_results(folder)
         if not found:
             raise FileNotFoundError(f"--join {folder}: there is no results.jsonl with a run in it")
+        check_whole(found, grid.metric, folder)
         check_same(found, shared, folder)
-        lines += [line | {"arm": f"{line['arm']} ({folder.name})"} for line in found.values()]
+        check_alike(found, grid.runs[0].recipe, folder)
+        _check_once(found, folder)
+        ending = re.sub(r"[^A-Za-z0-9._+-]+", "-", label)
+        lines += [
+            line | {"arm": f"{line['arm']} ({label})", "run": f"{line['run']}--{ending}"} for line in found.values()
+        ]
+    taken = sorted({line["arm"] for line in lines} & grid.arms.keys())
+    if taken:
+        raise ValueError(f"--join: {taken[0]!r} is an arm of this grid too; give its method another name")
     return lines
+
+
+def _labels(places: Sequence[Path]) -> list[str]:
+    """Of each path the shortest ending that no other one has."""
+
+    def ending(place: Path, length: int) -> str:
+        return "/".join(place.parts[-length:])
+
+    def alone(place: Path, length: int) -> bool:
+        return [ending(other, length) for other in places].count(ending(place, length)) == 1
+
+    return [next(ending(place, length) for length in itertools.count(1) if alone(place, length)) for place in places]
+
+
+def _check_once(lines: dict[str, Line], where: Path) -> None:
+    seen = dict[str, str]()
+    for name, line in lines.items():
+        what = json.dumps([line["arm"], line["searched"], line["seed"]], sort_keys=True)
+        if what in seen:
+            raise ValueError(
+                f"{where / RESULTS}: the runs {seen[what]} and {name} are of one arm, setting and seed, and would "
+                "count as two; delete the line of one of them"
+            )
+        seen[what] = name
 
 
 def shared_notes(grid: Grid, joined: Sequence[Line]) -> list[str]:
     """What stands above the notes on the arms."""
-    return [f"{len(joined)} runs were joined from other folders."] if joined else []
+    if not joined:
+        return []
+    notes, here = (
+        [f"{len(joined)} runs were joined from other folders."],
+        {_searched(vars(run.recipe)) for run in grid.runs},
+    )
+    by_arm = dict[str, set[str]]()
+    for line in joined:
+        by_arm.setdefault(line["arm"], set()).add(_searched(line["recipe"]))
+    other = [arm for arm, searched in by_arm.items() if searched != here]
+    if other:
+        notes.append(
+            f"Not searched like the arms of this grid: {', '.join(other)}. More settings to choose from, or better "
+            "ones, are an advantage of their own; the table of the search shows them."
+        )
+    return notes
+
+
+def _searched(recipe: Mapping[str, Any]) -> str:
+    return json.dumps([recipe.get(key) for key in SEARCHED])
 
 
 def _agree(runs: int, run_seconds: float | None, jobs: int, yes: bool, progress: Progress) -> None:
@@ -207,6 +302,19 @@ def _write(outcome: Outcome, grid: Grid, command: Sequence[str], progress: Progr
     write_text(grid.output / "report.md", markdown(outcome, command=shown, machine=machine))
     write_json(grid.output / "report.json", dict(as_mapping(outcome)))
     published.publish(outcome, grid.output / "method_comparison")
+
+
+def _check_baseline(outcome: Outcome, grid: Grid, lines: Sequence[Line]) -> None:
+    """Say as an error that nothing was compared. Raises: ValueError."""
+    if outcome.baseline is not None:
+        return
+    bad = [line for line in lines if line["status"] != FINISHED and grid.baseline in (line["arm"], line["method"])]
+    why = f"{len(bad)} of its runs did not finish; {bad[0]['run']}: {bad[0]['error']}" if bad else "no figure is finite"
+    again = " The same command tries runs that failed again." if any(line["status"] == FAILED for line in bad) else ""
+    raise ValueError(
+        f"The baseline {grid.baseline} has no result ({why}), so there is no verdict. {grid.output / 'report.html'} "
+        f"has what there is.{again}"
+    )
 
 
 def _machine(outcome: Outcome) -> list[str]:

@@ -56,6 +56,18 @@ SETTINGS = (
 )
 
 
+KINDS = {  # of the settings: what they may hold, and how it is told
+    "baseline": (str, "the name of a method or an arm"),
+    "confidence": (float, "a number such as 0.95"),
+    "max_test_samples": (int, "a whole number greater than 0"),
+    "metric": (str, "the name of a metric"),
+    "test_dataset_name": (str, "a file, a folder or a hub name"),
+    "test_fraction": (float, "a number between 0 and 1"),
+    "title": (str, "text (put it in quotes)"),
+}
+NEEDED = ("baseline", "confidence")  # have a default, and no meaning when empty
+
+
 @dataclass(frozen=True)
 class Run:
     """One training: an arm, at one choice of what is searched, with one seed."""
@@ -100,6 +112,7 @@ class Grid:
         if not isinstance(block, dict):
             raise ValueError("there is no grid: block; a grid is a recipe with grid: {methods: ..., seed: [...]}")
         _check_keys(block)
+        _check_kinds(block)
         searches = choices({name: block[name] for name in block if name not in SETTINGS}, "grid")
         runs = _runs(recipe, block, searches, _seeds(block))
         first = runs[0].recipe
@@ -203,6 +216,17 @@ def _check_keys(block: Mapping[str, Any]) -> None:
             raise ValueError(f"grid: {name!r} is not a key of a grid; {nearest(name, known)}")
     if not isinstance(block.get("methods"), dict) or not block["methods"]:
         raise ValueError("grid: methods is missing; name some, as methods: {LoRA: {peft_type: LORA, r: [4, 8]}}")
+
+
+def _check_kinds(block: Mapping[str, Any]) -> None:
+    for name, (kind, told) in KINDS.items():
+        value = block.get(name)
+        if name not in block or (value is None and name not in NEEDED):
+            continue
+        fits = isinstance(value, int | float if kind is float else kind) and not isinstance(value, bool)
+        if not fits or (isinstance(value, int) and kind is int and value < 1):
+            given = "empty" if value is None else f"{value!r} ({type(value).__name__})"
+            raise ValueError(f"grid: {name} is {given}; give {told}, or leave the key out")
 
 
 def _seeds(block: Mapping[str, Any]) -> list[int]:

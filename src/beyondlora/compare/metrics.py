@@ -62,10 +62,10 @@ def _matthews(rows: Arrays) -> np.ndarray:
     """Of any number of classes (Gorodkin's R_K); 0 where one side has a single class, as scikit-learn has it."""
     predicted, label = rows["predicted"], rows["label"]
     count = label.shape[-1]
-    agreed = (predicted == label).sum(axis=-1)
+    agreed = np.count_nonzero(predicted == label, axis=-1)
     by_chance = predicted_alike = label_alike = np.zeros(agreed.shape)
-    for number in np.unique([*np.unique(predicted), *np.unique(label)]):
-        p, t = ((classes == number).sum(axis=-1).astype(float) for classes in (predicted, label))
+    for number in range(int(max(predicted.max(), label.max())) + 1):
+        p, t = (np.count_nonzero(classes == number, axis=-1).astype(float) for classes in (predicted, label))
         by_chance, predicted_alike, label_alike = by_chance + p * t, predicted_alike + p * p, label_alike + t * t
     spread = np.sqrt((count**2 - predicted_alike) * (count**2 - label_alike))
     return np.divide(agreed * count - by_chance, spread, out=np.zeros_like(spread), where=spread > 0)

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from .. import measure, models
+from ..data.fields import DataRecipe
 from ..evaluate import evaluate
 from ..measure import Outcomes
 from ..progress import Progress
@@ -29,10 +30,44 @@ from ..recipe import Recipe
 from ..run_folder import RunFolder, finite
 from ..train import train
 from ..workers import WorkerDiedError, side_by_side
-from .grid import Run
+from .grid import SEARCHED, Run
+from .metrics import Metric
 
 RESULTS = "results.jsonl"
-COMPARABLE = ("task", "base_sha256", "data_sha256", "test_sha256", "metric_version", "harness_version")
+COMPARABLE = (
+    "task",
+    "base_sha256",
+    "data_sha256",
+    "test_sha256",
+    "forgetting_sha256",
+    "metric_version",
+    "harness_version",
+)
+MAY_DIFFER = {  # keys of a recipe that joined runs need not share
+    *("adapter", "seed", *SEARCHED),  # what is compared, repeated and searched
+    *(DataRecipe.__annotations__.keys() - {"max_new_tokens"}),  # COMPARABLE has the rows themselves
+    *("model_name_or_path", "forgetting_dataset_name", "chat_template_path", "lm_eval_tasks", "lm_eval_include_path"),
+    *("logging_steps", "save_steps", "dataloader_num_workers", "per_device_eval_batch_size"),  # change no figure
+}
+ALWAYS = ("method", "arm", "searched", "seed", "recipe", "status", "error")
+WHERE_FINISHED = (
+    "validation",
+    "test",
+    "items",
+    "trainable_parameters",
+    "total_parameters",
+    "best_step",
+    "steps",
+    "train_loss",
+    "train_seconds",
+    "total_seconds",
+    "peak_memory_bytes",
+    "adapter_bytes",
+    "tokens_per_row",
+    "environment",
+    "base_sha256",
+    "data_sha256",
+)
 FINISHED, DIVERGED, FAILED = "finished", "diverged", "failed"
 PROBE_STEPS = 4
 
@@ -84,7 +119,7 @@ def append_result(folder: Path, line: Line) -> None:
 def check_same(lines: Mapping[str, Line], expected: Mapping[str, Any], where: Path) -> None:
     """Refuse lines of another base model, other data, another version of the metrics. Raises: ValueError."""
     for name, line in lines.items():
-        different = [key for key in COMPARABLE if key in line and line[key] != expected[key]]
+        different = [key for key in COMPARABLE if key in line and key in expected and line[key] != expected[key]]
         if different:
             told = "; ".join(f"{key}: {_short(key, line[key])}, here {_short(key, expected[key])}" for key in different)
             raise ValueError(
@@ -97,13 +132,66 @@ def check_planned(lines: Mapping[str, Line], runs: Sequence[Run], where: Path) -
     """Refuse to go on with a grid whose runs have changed since. Raises: ValueError."""
     for run in runs:
         if run.name in lines:
-            before = Recipe.from_mapping(lines[run.name]["recipe"])
-            different = run.recipe.differences(before)
+            different = run.recipe.differences(_recipe_of(lines[run.name], where))
             if different:
                 told = "; ".join(f"{key}: {mine!r}, was {theirs!r}" for key, (mine, theirs) in different.items())
                 raise ValueError(
                     f"{where / RESULTS} holds the run {run.name} with another recipe ({told}). Undo the change, or "
                     "choose another output_dir."
+                )
+
+
+def check_alike(lines: Mapping[str, Line], recipe: Recipe, where: Path) -> None:
+    """Refuse joined runs that were trained or measured in another way than those of a recipe. Raises: ValueError."""
+    for name, line in lines.items():
+        found = recipe.differences(_recipe_of(line, where))
+        told = "; ".join(
+            f"{key}: {theirs!r}, here {mine!r}" for key, (mine, theirs) in found.items() if key not in MAY_DIFFER
+        )
+        if told:
+            raise ValueError(
+                f"{where / RESULTS}: the run {name} has another recipe than this grid ({told}). Its figures would show "
+                "that, and not the method alone; repeat it with the same recipe, or leave it out."
+            )
+
+
+def check_whole(lines: Mapping[str, Line], metric: Metric, where: Path) -> None:
+    """Refuse lines that lack what a table is made of. Raises: ValueError."""
+    for name, line in lines.items():
+        missing = [key for key in ALWAYS if key not in line]
+        if line.get("status") == FINISHED:
+            needed = WHERE_FINISHED + (("forgetting_sha256",) if metric.of == "corpus" else ())
+            missing += [key for key in needed if key not in line]
+            missing += [f"validation: {metric.name}"] * (metric.name not in line.get("validation", {}))
+            missing += [f"items: {key}" for key in metric.needs if key not in line.get("items", {})]
+        if missing:
+            raise ValueError(
+                f"{where / RESULTS}: the run {name} has no {', '.join(missing)}. Another version wrote it, or its "
+                f"recipe did not ask for {metric.name}; delete the line, and its run is measured again, or leave the "
+                "folder out."
+            )
+
+
+def _recipe_of(line: Line, where: Path) -> Recipe:
+    try:
+        return Recipe.from_mapping(line["recipe"])
+    except ValueError as error:
+        raise ValueError(
+            f"{where / RESULTS}: the recipe of the run {line['run']} is none to this version ({error}), so another one "
+            "wrote it; choose another output_dir, or leave the folder out."
+        ) from None
+
+
+def check_trained(runs: Sequence[Run], data_sha256: str) -> None:
+    """Refuse run folders that would be taken up again, and were begun on other rows. Raises: ValueError."""
+    for run in runs:
+        folder = RunFolder(run.recipe.output_dir)
+        if folder.environment.exists() and (folder.metrics.exists() or folder.newest_checkpoint()):
+            before = json.loads(folder.environment.read_text(encoding="utf-8"))["data_sha256"]
+            if before != data_sha256:
+                raise ValueError(
+                    f"{folder.path} holds a run that was trained on other rows than the recipe now names (data_sha256: "
+                    f"{before[:12]}, here {data_sha256[:12]}). Delete that folder, or choose another output_dir."
                 )
 
 
@@ -126,7 +214,7 @@ def run_all(
                 result = {"status": FAILED, "error": str(result)}
             elif isinstance(result, Exception):
                 raise result
-            line = _described(runs[number]) | dict(shared) | result
+            line = finite(_described(runs[number]) | dict(shared) | result)  # as it will be read again
             append_result(folder, line)
             yield line
 
@@ -210,10 +298,13 @@ def base_sha256(name_or_path: str) -> str:
     return digest.hexdigest() if files else name_or_path
 
 
-def expected(recipe: Recipe, test: HeldOut, data_sha256: str, harness_version: str | None) -> dict[str, Any]:
-    """What every line of a table must have in common."""
+def expected(
+    recipe: Recipe, test: HeldOut, data_sha256: str, harness_version: str | None, corpus_sha256: str | None = None
+) -> dict[str, Any]:
+    """What every line of a table must have in common; of the second corpus only those that measured forgetting."""
     held = f"{recipe.bits} bits " if recipe.bits else ""  # another model than the whole one
-    return {
+    forgetting = {"forgetting_sha256": corpus_sha256} if corpus_sha256 else {}
+    return forgetting | {
         "task": recipe.task,
         "base_sha256": held + base_sha256(recipe.model_name_or_path),
         "data_sha256": data_sha256,

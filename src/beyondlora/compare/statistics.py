@@ -14,8 +14,13 @@ grids with two seeds.)
 
 e_rows: paired bootstrap over the test rows (scipy.stats.bootstrap) of D averaged over the seeds; both methods see the
 same resampled rows. e_seeds: from the spread over seeds of the two methods or, where that is larger, of all methods
-of the grid together: two or three seeds alone often look alike by chance. Quadrature counts what seeds and rows
-do together twice; that makes a verdict rarer, never easier.
+of the grid together: two or three seeds alone often look alike by chance. Methods whose seeds spread clearly more than
+the others' (`set_apart`) count there as the widest of the others, or one unstable method would hide every difference
+between calm ones; and then the sum over methods so unlike has the degrees of freedom of the two alone.
+Quadrature counts what seeds and rows do together twice; that makes a verdict rarer, never easier.
+
+No verdict where a figure is not finite (a correlation with constant predictions), or is not on more than 1 − confidence
+of the resampled rows: what it would have been there is not known, so neither is the error.
 """
 
 import math
@@ -26,12 +31,15 @@ from typing import TypeVar
 
 import numpy as np
 from scipy.optimize import brentq
-from scipy.stats import bootstrap, t
+from scipy.stats import bootstrap, f, t
 
 Outcomes = Mapping[str, np.ndarray]  # name -> (seeds, rows)
 Name = TypeVar("Name", bound=Hashable)
 POWER = 0.8
 SMALLEST_P = 1e-15
+UNLIKE = 0.01  # how seldom seeds that spread alike may be told apart
+JACKKNIFED = 1000  # rows; BCa leaves out each in turn, and beyond them its corrections are small
+NO_VERDICT = "no verdict"
 
 
 @dataclass(frozen=True)
@@ -41,14 +49,14 @@ class Comparison:
     difference: float
     low: float | None  # of the interval that counts seeds and rows, for all methods at once; None with one seed each
     high: float | None
-    rows_low: float  # of the paired BCa bootstrap over rows: these trained models, other rows
+    rows_low: float  # of the paired bootstrap over rows: these trained models, other rows (BCa up to JACKKNIFED rows)
     rows_high: float
     p: float | None
     p_corrected: float | None  # Holm's, over everything that was compared in the same call
     detectable: float | None  # the smallest true difference that so many seeds and rows find in 80 of 100 grids
     seeds: int
     rows: int
-    verdict: str  # "better", "worse", "within noise", "one seed"
+    verdict: str  # "better", "worse", "within noise", "one seed", "no verdict" (a figure that is not finite)
 
 
 def compare_with(
@@ -95,7 +103,8 @@ def compare_pairs(
     for outcomes in compared.values():
         check_rows(_rows(outcomes), confidence)
     figures = {key: value(outcomes) for key, outcomes in compared.items()}
-    pooled = _pooled_variance(list(figures.values()))
+    finite = [key for key, values in figures.items() if np.isfinite(values).all()]
+    pooled = _common({key: figures[key] for key in finite})
     found = {
         name: _Difference(second, first, figures[id(second)], figures[id(first)], value, pooled, confidence, resamples)
         for name, (first, second) in pairs.items()
@@ -118,6 +127,33 @@ def check_rows(rows: int, confidence: float) -> None:
         )
 
 
+def set_apart(figures: Mapping[Name, np.ndarray]) -> list[Name]:
+    """The methods whose seeds spread clearly more than the others': no measure of how far those are to be believed.
+
+    Of the methods in the order of their spread, those before a gap: the one that the F test of those before against
+    those after finds least likely, corrected (Bonferroni) for every choice of so many methods, and for every gap.
+    From three seeds on: with two, verdicts are wrong too often already, and this would add to it. Seeds that are all
+    equal, as coarse figures may be by chance, are no measure either.
+    """
+    found = [name for name, values in figures.items() if len(values) > 2 and 0 < np.ptp(values) < math.inf]
+    order = sorted(found, key=lambda name: -float(figures[name].var(ddof=1)))
+    p, apart = 1.0, 0
+    for wide in range(1, len(order)):
+        (above, f_above), (below, f_below) = (_pooled(figures, names) for names in (order[:wide], order[wide:]))
+        choices = math.comb(len(order), wide) * (len(order) - 1)
+        p, apart = min((p, apart), (choices * float(f.sf(above / below, f_above, f_below)), wide))
+    return order[:apart] if p < UNLIKE else []
+
+
+def sets_margin(figures: Mapping[Name, np.ndarray]) -> Name | None:
+    """The method, of those not set apart, without which the seeds' common margin would be less than half as wide."""
+    apart = set_apart(figures)
+    within = [name for name, values in figures.items() if len(values) > 1 and name not in apart]
+    widest = max(within, key=lambda name: float(figures[name].var(ddof=1)), default=None)
+    rest = [name for name in within if name != widest]
+    return widest if len(rest) > 1 and 4 * _pooled(figures, rest)[0] < _pooled(figures, within)[0] else None
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's step-down correction: how likely any of the tests would be this extreme if no method differed."""
     order = np.argsort(p_values)
@@ -137,7 +173,7 @@ class _Difference:
         baseline_figures: np.ndarray,
         figures: np.ndarray,
         value: Callable[[Outcomes], np.ndarray],
-        pooled: tuple[float, int],
+        pooled: tuple[float, int | None],
         confidence: float,
         resamples: int,
     ) -> None:
@@ -146,7 +182,8 @@ class _Difference:
         self.value = float(figures.mean() - baseline_figures.mean())
         self.row_error, self.rows_low, self.rows_high = _over_rows(baseline, other, value, confidence, resamples)
         self.seed_error, self.seed_freedom = _over_seeds(baseline_figures, figures, pooled)
-        self.p = self._p() if self.seed_freedom else None
+        self.known = math.isfinite(self.value) and math.isfinite(self.row_error)
+        self.p = self._p() if self.seed_freedom and self.known else None
 
     def margin(self, tail: float) -> float:
         """How far from the true difference this one lies with probability `tail` on one side."""
@@ -162,7 +199,7 @@ class _Difference:
 
     def comparison(self, p_corrected: float | None, tests: int, higher_is_better: bool) -> Comparison:
         low = high = detectable = None
-        verdict = "one seed"
+        verdict = "one seed" if self.known else NO_VERDICT
         if p_corrected is not None:
             alpha = 1 - self.confidence
             margin = self.margin(alpha / (2 * tests))  # of all intervals together, as the verdicts are
@@ -204,34 +241,52 @@ def _over_rows(
         ]
         return np.asarray(means[0] - means[1])
 
+    rows = _rows(baseline)
     with warnings.catch_warnings():  # methods that agree on every row have an interval of no width
         warnings.simplefilter("ignore")
         drawn = bootstrap(
-            (np.arange(_rows(baseline)),),
+            (np.arange(rows),),
             difference,
             vectorized=True,
             n_resamples=resamples,
             batch=100,
             confidence_level=confidence,
-            method="BCa",
+            method="BCa" if rows <= JACKKNIFED else "percentile",
             rng=np.random.default_rng(0),
         )
-        rows = _rows(baseline)  # resampling n rows has the spread of dividing by n, an unbiased variance divides by n-1
-        error = float(drawn.standard_error) * math.sqrt(rows / (rows - 1))
+    known = drawn.bootstrap_distribution[np.isfinite(drawn.bootstrap_distribution)]
+    if len(known) < confidence * resamples:
+        return math.nan, math.nan, math.nan
     low, high = map(float, drawn.confidence_interval)
     if not (math.isfinite(low) and math.isfinite(high)):
-        low = high = float(difference(np.arange(_rows(baseline))))
-    return (error if math.isfinite(error) else 0.0), low, high
+        low, high = map(float, np.quantile(known, [(1 - confidence) / 2, (1 + confidence) / 2]))
+    # Resampling n rows has the spread of dividing by n; an unbiased variance divides by n - 1.
+    return float(known.std(ddof=1)) * math.sqrt(rows / (rows - 1)), low, high
 
 
-def _pooled_variance(figures: Sequence[np.ndarray]) -> tuple[float, int]:
-    """The variance over seeds of all methods together, each around its own mean, and its degrees of freedom."""
-    freedom = sum(len(values) - 1 for values in figures)
-    squares = sum(float(((values - values.mean()) ** 2).sum()) for values in figures)
+def _common(figures: Mapping[Name, np.ndarray]) -> tuple[float, int | None]:
+    """The variance of all together, those set apart as the widest of the others, and its degrees of freedom.
+
+    None where some are set apart: those of the two methods that are compared.
+    """
+    apart = set_apart(figures)
+    within = [name for name in figures if name not in apart]
+    variance, freedom = _pooled(figures, within)
+    if not apart:
+        return variance, freedom
+    widest = max(float(figures[name].var(ddof=1)) for name in within if len(figures[name]) > 1)
+    more = sum(len(figures[name]) - 1 for name in apart)
+    return (variance * freedom + widest * more) / (freedom + more), None
+
+
+def _pooled(figures: Mapping[Name, np.ndarray], names: Sequence[Name]) -> tuple[float, int]:
+    """The variance over seeds of these methods together, each around its own mean, and its degrees of freedom."""
+    freedom = sum(len(figures[name]) - 1 for name in names)
+    squares = sum(float(((figures[name] - figures[name].mean()) ** 2).sum()) for name in names)
     return (squares / freedom if freedom else 0.0), freedom
 
 
-def _over_seeds(first: np.ndarray, second: np.ndarray, pooled: tuple[float, int]) -> tuple[float, float]:
+def _over_seeds(first: np.ndarray, second: np.ndarray, pooled: tuple[float, int | None]) -> tuple[float, float]:
     """Standard error of a difference of two means over seeds, and its degrees of freedom; 0 of them = unknown."""
     variance, freedom = pooled
     together = variance * (1 / len(first) + 1 / len(second))
@@ -240,6 +295,6 @@ def _over_seeds(first: np.ndarray, second: np.ndarray, pooled: tuple[float, int]
     parts = [(float(values.var(ddof=1)) / len(values), len(values) - 1) for values in (first, second)]
     own = sum(part for part, _ in parts)
     if own <= together * (1 + 1e-9):  # of two methods alone both are the same, up to rounding
-        return math.sqrt(together), freedom
+        return math.sqrt(together), len(first) + len(second) - 2 if freedom is None else freedom
     welch = own**2 / sum(part**2 / part_freedom for part, part_freedom in parts)
     return math.sqrt(own), welch

@@ -4,11 +4,12 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
+from rich.markup import escape
 from rich.table import Table
 
 from .arms import Arm, Outcome, Setting
 from .runs import FINISHED
-from .statistics import POWER, Comparison
+from .statistics import NO_VERDICT, POWER, Comparison
 
 HEADINGS = (
     "arm",
@@ -45,6 +46,7 @@ def _sentence(outcome: Outcome, name: str, beside: str, found: Comparison, tests
         "worse": f"is worse than {beside}",
         "within noise": f"is within noise of {beside}",
         "one seed": f"cannot be told from {beside} with one seed",
+        NO_VERDICT: f"cannot be judged beside {beside}, for on too many resampled rows the figure is not defined",
     }
     decimals, metric = outcome.metric.decimals, outcome.metric.name
     evidence = f"{found.difference:+.{decimals}f} {metric}"
@@ -106,23 +108,24 @@ def cells(outcome: Outcome, arm: Arm) -> list[str]:
 def table(outcome: Outcome) -> Table:
     """For a terminal; what does not fit into 80 columns is in the Markdown and on the page."""
     shown = [0, 1, 2, 3, 4, 6, 7]
-    grid = Table(title=outcome.title, title_justify="left")
+    grid = Table(title=escape(outcome.title), title_justify="left")
     names = headings(outcome)
     names[2], names[6] = "LR", f"{outcome.confidence:.0%} of the difference"
     for column in shown:
-        grid.add_column(names[column], justify="left" if column in (0, 7) else "right")
+        grid.add_column(escape(names[column]), justify="left" if column in (0, 7) else "right")
     for arm in outcome.arms:
         row = cells(outcome, arm)
-        grid.add_row(*[row[column] for column in shown])
+        grid.add_row(*[escape(row[column]) for column in shown])
     return grid
 
 
 def caption(outcome: Outcome) -> str:
     """What the figures are of."""
     better = "higher" if outcome.metric.higher_is_better else "lower"
+    alike = ", alike for every arm" if outcome.alike else ""
     return (
         f"{outcome.metric.name.capitalize()} ({better} is better) on {outcome.rows} test rows that nothing was trained "
-        f"or chosen on; learning rates chosen on the validation rows, alike for every arm; {outcome.seeds} seeds, ± "
+        f"or chosen on; learning rates chosen on the validation rows{alike}; {outcome.seeds} seeds, ± "
         f"their standard deviation. Intervals of the difference to {_baseline(outcome) or 'the baseline'} count "
         "seeds and rows, and hold all together (p by Holm); time and memory are means of the runs shown."
     )
