@@ -326,7 +326,7 @@ def _distinct(lists: Sequence[list[Any]]) -> bool:
 
 def _check_literal_lists(method: str, block: Mapping[str, Any]) -> None:
     """[q_proj, v_proj] would be two runs with one target each, where one run with two is meant."""
-    for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform"):
+    for name in ("target_modules", "target_parameters", "exclude_modules", "modules_to_save", "layers_to_transform"):
         values = block.get(name)
         if isinstance(values, list) and not any(isinstance(value, list) for value in values):
             raise ValueError(
