@@ -132,6 +132,10 @@ def test_plain_lists_are_grids_and_underscored_ones_are_paired():
             {"methods": {"x": {"peft_type": "LORA", "target_modules": ["q", "v"]}}},
             r"write target_modules: \[\['q', 'v'\]\]",
         ),
+        (
+            {"methods": {"x": {"peft_type": "CERA", "target_parameters": ["up", "down"]}}},
+            r"write target_parameters: \[\['up', 'down'\]\]",
+        ),
         ({"baseline": "Lora"}, "did you mean 'LoRA'"),
         ({"metric": "perplexty"}, "did you mean 'perplexity'"),
         ({"learning_rates": [1]}, "did you mean 'learning_rate'"),
