@@ -328,3 +328,21 @@ def test_a_vision_transformer_is_told_to_interpolate_only_at_another_size(tmp_pa
     assert model(torch.zeros(1, 3, 96, 96), **extra(VIT, 96)).logits.shape == (1, 2)
     transformers.ResNetConfig().save_pretrained(tmp_path)  # a convolutional network takes any size as it is
     assert extra(tmp_path, 96) == {}
+
+
+def test_a_model_without_weights_is_none_of_zeros(house):
+    """transformers cuts up every model that it makes while ZeRO 3 is on: real weights, by random numbers."""
+    from transformers.integrations import deepspeed as zero
+
+    class Three:
+        def is_zero3(self):
+            raise AssertionError("the model would be cut up")
+
+    three = Three()
+    zero.set_hf_deepspeed_config(three)
+    try:
+        model = models.empty_base(str(house / "base"), task="causal-lm")
+        assert zero._hf_deepspeed_config_weak_ref() is three
+    finally:
+        zero.unset_hf_deepspeed_config()
+    assert all(weight.is_meta for weight in model.parameters())

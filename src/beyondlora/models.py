@@ -31,6 +31,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations import deepspeed as zero
 from transformers.utils import logging as transformers_logging
 
 _AUTO_CLASSES: dict[str, Any] = {
@@ -40,12 +41,8 @@ _AUTO_CLASSES: dict[str, Any] = {
     "image-classification": AutoModelForImageClassification,
 }
 _CONFIG_CLASS = re.compile(r"configuration class <class '(?:\w+\.)*(\w+)'>")
-_POSITIONS = {
-    "wpe",
-    "position_embeddings",
-    "embed_positions",
-    "positions_embed",
-}  # what tables of learned ones are called
+# What tables of learned positions are called.
+_POSITIONS = {"wpe", "position_embeddings", "embed_positions", "positions_embed"}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -124,9 +121,20 @@ def empty_base(name_or_path: str, *, task: str) -> PreTrainedModel:
     """
     with quiet_transformers(), _explained(name_or_path, f"a model for {task}"):
         config = AutoConfig.from_pretrained(resolve_name(name_or_path))
-        with torch.device("meta"):
+        with _without_zero(), torch.device("meta"):
             model: PreTrainedModel = _AUTO_CLASSES[task].from_config(config)
     return model
+
+
+@contextlib.contextmanager
+def _without_zero() -> Iterator[None]:
+    """Build whole models under ZeRO 3, too, which would make real weights to cut up, and draw random numbers."""
+    reference = zero._hf_deepspeed_config_weak_ref
+    zero._hf_deepspeed_config_weak_ref = None
+    try:
+        yield
+    finally:
+        zero._hf_deepspeed_config_weak_ref = reference
 
 
 def load_processor(
