@@ -25,7 +25,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -263,6 +263,13 @@ def replacing(folder: Path) -> Iterator[Path]:
         os.replace(folder, old)
     os.replace(partial, folder)
     shutil.rmtree(work, ignore_errors=True)
+
+
+def endings(paths: Sequence[Path]) -> list[str]:
+    """The shortest endings, of as many parts each, that tell different paths apart."""
+    depths = range(1, max((len(path.parts) for path in paths), default=0) + 1)
+    each = (["/".join(path.parts[-depth:]) for path in paths] for depth in depths)
+    return next((labels for labels in each if len(set(labels)) == len(labels)), [])
 
 
 def finite(value: Any) -> Any:

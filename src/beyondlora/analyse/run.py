@@ -19,7 +19,7 @@ from ..attach import config_in, holds_model
 from ..evaluate import Opened, device, open_target
 from ..progress import Progress
 from ..recipe import Recipe
-from ..run_folder import environment
+from ..run_folder import endings, environment
 from .profiles import MAX_TOKENS, LayerProfile, profile
 from .summary import as_mapping, compare_subspaces, mean_of
 from .write import check_out, write
@@ -111,11 +111,7 @@ def _labels(targets: Sequence[Path]) -> list[str]:
     twice = [str(target) for target, path in zip(targets, paths, strict=True) if paths.count(path) > 1]
     if twice:
         raise ValueError(f"{twice[0]} is given twice.")
-    for depth in range(1, max(len(path.parts) for path in paths)):
-        labels = ["/".join(path.parts[-depth:]) for path in paths]
-        if len(set(labels)) == len(labels):
-            break
-    return labels
+    return endings(paths)
 
 
 def _check_one_base(opened: Sequence[Opened]) -> None:

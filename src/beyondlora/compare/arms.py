@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .grid import SEARCHED, Grid
+from .grid import Grid, choice_of
 from .metrics import Metric
 from .runs import DIVERGED, FAILED, FINISHED, Line
 from .statistics import Comparison, compare_pairs, compare_with, set_apart, sets_margin
@@ -78,8 +78,7 @@ class Outcome:
     def alike(self) -> bool:
         """Whether every arm was chosen from the same settings."""
         searches = {
-            json.dumps(sorted([setting.lines[0]["recipe"][key] for key in SEARCHED] for setting in arm.settings))
-            for arm in self.arms
+            tuple(sorted(choice_of(setting.lines[0]["recipe"]) for setting in arm.settings)) for arm in self.arms
         }
         return len(searches) < 2
 

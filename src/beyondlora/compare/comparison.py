@@ -2,14 +2,13 @@
 
 import dataclasses
 import importlib.util
-import itertools
 import json
 import os
 import platform
 import re
 import shlex
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,12 @@ from ..evaluate import device, load_base, load_processor
 from ..figures import Examination, check_extras
 from ..progress import Progress
 from ..recipe import Recipe
-from ..run_folder import alone_in, write_json, write_text
+from ..run_folder import alone_in, endings, write_json, write_text
 from ..tracking import trackers_of
 from ..train import check_beginning
 from . import pictures, published
 from .arms import Outcome, as_mapping, outcome_of
-from .grid import SEARCHED, Grid, Run
+from .grid import Grid, Run, choice_of
 from .held_out import check_apart, cut_off
 from .report import page
 from .runs import (
@@ -192,7 +191,7 @@ def _joined(folders: Sequence[Path], grid: Grid, shared: dict[str, Any]) -> list
             raise ValueError(
                 f"--join names {place} twice: the same runs again would count as new evidence; name it once"
             )
-    for folder, label in zip(folders, _labels(places), strict=True):
+    for folder, label in zip(folders, endings(places), strict=True):
         found = read_results(folder)
         if not found:
             raise FileNotFoundError(f"--join {folder}: there is no results.jsonl with a run in it")
@@ -208,18 +207,6 @@ def _joined(folders: Sequence[Path], grid: Grid, shared: dict[str, Any]) -> list
     if taken:
         raise ValueError(f"--join: {taken[0]!r} is an arm of this grid too; give its method another name")
     return lines
-
-
-def _labels(places: Sequence[Path]) -> list[str]:
-    """Of each path the shortest ending that no other one has."""
-
-    def ending(place: Path, length: int) -> str:
-        return "/".join(place.parts[-length:])
-
-    def alone(place: Path, length: int) -> bool:
-        return [ending(other, length) for other in places].count(ending(place, length)) == 1
-
-    return [next(ending(place, length) for length in itertools.count(1) if alone(place, length)) for place in places]
 
 
 def _check_once(lines: dict[str, Line], where: Path) -> None:
@@ -238,13 +225,10 @@ def shared_notes(grid: Grid, joined: Sequence[Line]) -> list[str]:
     """What stands above the notes on the arms."""
     if not joined:
         return []
-    notes, here = (
-        [f"{len(joined)} runs were joined from other folders."],
-        {_searched(vars(run.recipe)) for run in grid.runs},
-    )
-    by_arm = dict[str, set[str]]()
+    notes = [f"{len(joined)} runs were joined from other folders."]
+    here, by_arm = {choice_of(vars(run.recipe)) for run in grid.runs}, dict[str, set[str]]()
     for line in joined:
-        by_arm.setdefault(line["arm"], set()).add(_searched(line["recipe"]))
+        by_arm.setdefault(line["arm"], set()).add(choice_of(line["recipe"]))
     other = [arm for arm, searched in by_arm.items() if searched != here]
     if other:
         notes.append(
@@ -252,10 +236,6 @@ def shared_notes(grid: Grid, joined: Sequence[Line]) -> list[str]:
             "ones, are an advantage of their own; the table of the search shows them."
         )
     return notes
-
-
-def _searched(recipe: Mapping[str, Any]) -> str:
-    return json.dumps([recipe.get(key) for key in SEARCHED])
 
 
 def _agree(runs: int, run_seconds: float | None, jobs: int, yes: bool, progress: Progress) -> None:

@@ -23,6 +23,7 @@ it apart: LoRA r=8, DoRA r=4 (of paired lists only the first ones that tell the 
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -54,8 +55,6 @@ SETTINGS = (
     "test_fraction",
     "title",
 )
-
-
 KINDS = {  # of the settings: what they may hold, and how it is told
     "baseline": (str, "the name of a method or an arm"),
     "confidence": (float, "a number such as 0.95"),
@@ -333,6 +332,11 @@ def _check_literal_lists(method: str, block: Mapping[str, Any]) -> None:
                 f"grid: methods: {method}: {name}={values!r} would be a grid of single modules; for one run with all "
                 f"of them write {name}: [{values!r}], or put it into the adapter: block, which holds for every method"
             )
+
+
+def choice_of(recipe: Mapping[str, Any]) -> str:
+    """What a run's recipe has of what is searched; equal words are equal choices."""
+    return json.dumps([recipe.get(key) for key in SEARCHED])
 
 
 def _told(key: str, value: Any) -> str:

@@ -3,6 +3,7 @@
 | layer | N | stored as | input |
 |---|---|---|---|
 | nn.Linear, plain or quantised | features | (M, N) | rows of features |
+| a projection of an expert (`experts.py`) | features | a slice of all experts' parameter | rows of features |
 | transformers' Conv1D | features | (N, M) | rows of features |
 | nn.Embedding | tokens | (N, M) | indices |
 | nn.Conv1d, Conv2d, Conv3d | channels · kernel positions | (M, channels, kernel...) | patches |

@@ -263,6 +263,17 @@ def holders(model: nn.Module, wanted: Callable[[str], bool]) -> dict[str, tuple[
     }
 
 
+def opened_targets(config: Any, model: nn.Module) -> list[str]:
+    """The names of the parameters that a config means, once their experts are open."""
+    names = (
+        f"{holder}.{name}"
+        for holder, module in model.named_modules()
+        if isinstance(module, OpenExperts)
+        for name in projections_of(module)
+    )
+    return [name for name in names if match_parameter(config, name)]
+
+
 def expert_shape(experts: Any, name: str) -> tuple[int, int]:
     """(M, N) of a projection of one expert."""
     _, rows, columns = _shape(getattr(experts, name))

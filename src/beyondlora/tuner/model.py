@@ -34,6 +34,7 @@ from .experts import (
     match,
     match_parameter,
     open_experts,
+    opened_targets,
     parameter_problem,
 )
 from .layer import AdapterLayer
@@ -94,7 +95,7 @@ class AdapterModel(BaseTuner):
 
     def _inject_parameters(self, peft_config: Any, model: nn.Module, *_: Any, **__: Any) -> list[str]:
         """The parameters that are meant; their layers have been given adapters as all layers are."""
-        names = list(holders(model, functools.partial(match_parameter, peft_config)))
+        names = opened_targets(peft_config, model)
         self.targeted_parameter_names = list(dict.fromkeys([*self.targeted_parameter_names, *names]))  # for peft 0.20
         return names
 
