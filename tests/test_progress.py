@@ -53,3 +53,13 @@ def test_a_stretch_after_a_shorter_one_has_a_bar_of_its_own():
     for done, total in calls:
         told(done, total)
     assert bar.shown == calls
+
+
+def test_no_time_is_told_before_there_is_a_pace(monkeypatch):
+    clock = iter(range(0, 100, 10))
+    monkeypatch.setattr("beyondlora.progress.time.monotonic", lambda: next(clock))
+    progress = progress_on(console := Console(file=StringIO(), width=120))
+    progress.begin("demo", 100, done=20)
+    for done in (20, 40):
+        progress.advance(done)
+    assert console.file.getvalue().split("\n")[:2] == ["demo: 20/100  ", "demo: 40/100    60 s left"]

@@ -93,8 +93,10 @@ class LineProgress(Progress):
         if now - self._printed < SECONDS_BETWEEN_LINES:
             return
         self._printed = now
-        left = (now - self._begun) / max(done - self._first, 1) * (self._total - done)
-        self.say(f"{self._what}: {done}/{self._total}  {note}  {left:.0f} s left")
+        line = f"{self._what}: {done}/{self._total}  {note}"
+        if done > self._first:  # before that there is no pace to go by
+            line += f"  {(now - self._begun) / (done - self._first) * (self._total - done):.0f} s left"
+        self.say(line)
 
 
 def in_stretches(progress: Progress, what: str) -> Callable[[int, int], None]:
