@@ -14,7 +14,6 @@ import functools
 import itertools
 import re
 import types
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -253,13 +252,13 @@ def is_experts(module: nn.Module) -> bool:
     return all(hasattr(module, sign) for sign in FORM)
 
 
-def holders(model: nn.Module, wanted: Callable[[str], bool]) -> dict[str, tuple[nn.Module, str]]:
-    """The parameters of a model's modules that are wanted, by name: the module that holds it, and its name there."""
+def targets_of(config: Any, model: nn.Module) -> dict[str, nn.Module]:
+    """The parameters that a config means, by name, whatever they are: the module that holds each."""
     return {
-        f"{name}.{key}": (module, key)
+        f"{name}.{key}": module
         for name, module in model.named_modules()
         for key, _ in module.named_parameters(recurse=False)
-        if name and wanted(f"{name}.{key}")
+        if name and match_parameter(config, f"{name}.{key}")
     }
 
 

@@ -1,7 +1,6 @@
 """AdapterModel: puts adapters beside the layers of a base model, for every method."""
 
 import dataclasses
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -29,13 +28,12 @@ from .experts import (
     OpenExperts,
     close_experts,
     expert_shape,
-    holders,
     layer_names,
     match,
-    match_parameter,
     open_experts,
     opened_targets,
     parameter_problem,
+    targets_of,
 )
 from .layer import AdapterLayer
 from .mixed_batch import check_names, handing_out
@@ -58,7 +56,7 @@ class AdapterModel(BaseTuner):
         warn_of_experts(peft_config, model)
         _include_all_linear(peft_config, model)
         targets = self._targets(peft_config, model)
-        parameters = holders(model, functools.partial(match_parameter, peft_config))
+        parameters = targets_of(peft_config, model)
         if peft_config.target_parameters and not parameters:
             refuse_no_parameter(peft_config, model)
         if not targets and not parameters and isinstance(peft_config.target_modules, (set, list)):
@@ -67,19 +65,19 @@ class AdapterModel(BaseTuner):
             target_problem(name, module, model) or self._unbuildable(peft_config, name, *matrix_shape(bare(module)))
             for name, module in targets.items()
         ]
-        for name, (holder, key) in parameters.items():
+        for name, experts in parameters.items():
             found.append(parameter_problem(name, model))
             if found[-1] is None:
-                shape = expert_shape(holder, key)
-                found += [self._unbuildable(peft_config, layer, *shape) for layer in layer_names(name, holder)]
+                shape = expert_shape(experts, name.rpartition(".")[2])
+                found += [self._unbuildable(peft_config, layer, *shape) for layer in layer_names(name, experts)]
         problems = [problem for problem in found if problem]
         if problems:
             raise ValueError(joined(problems))
         for module in () if peft_config.inference_mode else model.modules():
             refuse_packed(module, "no gradient passes through it, so nothing before it would learn")
         keep_unpacked(model)
-        for holder, _ in parameters.values():
-            open_experts(holder)
+        for experts in parameters.values():
+            open_experts(experts)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         """PEFT's: an architecture's default targets. One that has none may be meant by its experts alone."""
