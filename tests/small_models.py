@@ -7,6 +7,8 @@ from transformers import (
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -48,22 +50,26 @@ def bert(seed: int = 0) -> BertForSequenceClassification:
     return BertForSequenceClassification(config).eval()
 
 
+MIXTURE = {
+    "vocab_size": 64, "hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "pad_token_id": 0,
+}  # fmt: skip
+
+
 def mixtral(seed: int = 0, experts: int = 4) -> MixtralForCausalLM:
     """Width 16, 2 layers of experts (12 wide) of which a token goes to two; their weights are parameters (E, M, N)."""
     torch.manual_seed(seed)
-    config = MixtralConfig(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=12,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=8,
-        num_local_experts=experts,
-        num_experts_per_tok=2,
-        pad_token_id=0,
-    )
-    return MixtralForCausalLM(config).eval()
+    return MixtralForCausalLM(MixtralConfig(**{**MIXTURE, "num_local_experts": experts})).eval()
+
+
+def gpt_oss(seed: int = 0) -> GptOssForCausalLM:
+    """The same sizes; weights as (E, N, M), biases, and gates of its own."""
+    torch.manual_seed(seed)
+    model = GptOssForCausalLM(GptOssConfig(**MIXTURE, layer_types=["full_attention", "full_attention"])).eval()
+    for name, weight in model.named_parameters():
+        if ".experts." in name:
+            nn.init.normal_(weight, std=0.3)
+    return model
 
 
 def tokens(rows: int = 2, length: int = 12, seed: int = 1) -> torch.Tensor:

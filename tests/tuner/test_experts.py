@@ -14,14 +14,9 @@ import transformers.models
 from methods import METHODS, every_method, one_of_each_paper
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from small_models import mixtral
+from small_models import gpt_oss, mixtral
 from torch import nn
-from transformers import (
-    GptOssConfig,
-    GptOssForCausalLM,
-    Llama4ForCausalLM,
-    Llama4TextConfig,
-)
+from transformers import Llama4ForCausalLM, Llama4TextConfig
 
 from beyondlora import CeraConfig, StellaConfig
 from beyondlora.manifold import distance_to_stiefel
@@ -31,22 +26,6 @@ from beyondlora.tuner.layer import AdapterLayer
 
 IDS = small_models.tokens(rows=3)
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
-SIZES = {
-    "vocab_size": 64, "hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "pad_token_id": 0,
-}  # fmt: skip
-
-
-def gpt_oss() -> GptOssForCausalLM:
-    """Weights as (E, N, M), biases, and gates of its own."""
-    torch.manual_seed(0)
-    model = GptOssForCausalLM(GptOssConfig(**SIZES, layer_types=["full_attention", "full_attention"])).eval()
-    for experts in experts_of(model):
-        for weight in experts.parameters():
-            nn.init.normal_(weight, std=0.3)
-    return model
-
-
 every_form = pytest.mark.parametrize("build", [mixtral, gpt_oss])
 
 
@@ -361,7 +340,7 @@ def test_experts_that_get_no_adapter_are_told(targets, said):
 
 def llama4() -> Llama4ForCausalLM:
     """Its experts multiply all tokens by all experts, in a class of their own."""
-    sizes = {**SIZES, "intermediate_size_mlp": 12, "use_qk_norm": False}
+    sizes = {**small_models.MIXTURE, "intermediate_size_mlp": 12, "use_qk_norm": False}
     return Llama4ForCausalLM(
         Llama4TextConfig(**sizes, num_experts_per_tok=1) if False else Llama4TextConfig(**sizes)
     ).eval()

@@ -5,7 +5,6 @@
 5.7
 """
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ..manifold.stiefel import distance_to_stiefel
+from ..padding import without_padding
 from ..precise import precise
-from ..tuner.experts import OpenExperts
+from ..tuner.experts import has_open_experts
 from .branches import Branch, Whole, find_branches
 from .recorders import BranchRecorder, Tokens, WholeRecorder
 from .spectra import (
@@ -160,8 +160,8 @@ def _run(
     on_tokens: Callable[[int, int], None] | None,
 ) -> None:
     device = next(model.parameters()).device
-    if any(isinstance(module, OpenExperts) for module in model.modules()):
-        batches = itertools.chain.from_iterable(map(_without_padding, batches))
+    if has_open_experts(model):
+        batches = without_padding(batches)
     for batch in batches:
         inputs = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
         mask = inputs.get("attention_mask")
@@ -172,20 +172,6 @@ def _run(
             on_tokens(done, tokens.wanted)
         if done >= tokens.wanted:
             break
-
-
-def _without_padding(batch: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """The rows of a batch one by one, where some are padded: an expert gets tokens, and no word of which they are."""
-    mask = batch.get("attention_mask")
-    if mask is None or mask.bool().all():
-        yield batch
-        return
-    for row, kept in enumerate(mask.bool()):
-        parts = {name: value[row : row + 1] if torch.is_tensor(value) else value for name, value in batch.items()}
-        yield {
-            name: value[:, kept] if torch.is_tensor(value) and value.shape[:2] == kept.unsqueeze(0).shape else value
-            for name, value in parts.items()
-        }
 
 
 def _check_finite(branches: list[Branch | Whole]) -> None:

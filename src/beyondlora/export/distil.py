@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter
+from ..padding import without_padding
 from ..precise import precise
+from ..tuner.experts import has_open_experts
 from .folder import Factors
 from .gap import Adapted
 from .rows import Batch, rows_of, run, watching
@@ -63,7 +65,7 @@ def distil(
     moments = {path: _Moments(adapter) for path, (_, adapter) in adapted.items()}
     layers = {path: layer for path, (layer, _) in adapted.items()}
     with watching(layers) as seen:
-        for batch in batches:
+        for batch in without_padding(batches) if has_open_experts(model) else batches:
             run(model, batch)
             for path, calls in seen.items():
                 for x in calls:

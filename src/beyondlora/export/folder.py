@@ -10,10 +10,12 @@ What each of them insists on, all at once:
     targets     a list of ends of names, no regular expression. A layer that such an end also fits, and that has no
                 adapter, gets a LoRA of zeros
     base model  named
+    experts     of a mixture: as PEFT holds them (`experts.py`)
 
 Legend: N inputs, M outputs, R rank.
 """
 
+import json
 import shlex
 from importlib import metadata
 from pathlib import Path
@@ -27,6 +29,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..run_folder import check_writable, write_json, write_text
 from ..targets import fits, shortest_targets
+from . import experts
 
 RECORD = "export.json"
 PREFIX = "base_model.model."
@@ -68,22 +71,25 @@ def write_lora(
     """
     modules = dict(base.named_modules())
     _check_finite(factors)
+    layers, stacks = experts.parted(factors, modules)
     rank = rank or max(A_RN.shape[0] for _, A_RN in factors.values())
-    targets = shortest_targets(factors, modules)
-    complete = factors | {
-        path: _zeros(modules[path]) for path in modules if path not in factors and fits(path, targets)
-    }
+    targets = shortest_targets(layers, modules)
+    complete = layers | {path: _zeros(modules[path]) for path in modules if path not in layers and fits(path, targets)}
     tensors = {}
     for path, (B_MR, A_RN) in complete.items():
         tensors[f"{PREFIX}{path}.lora_A.weight"] = _padded(A_RN, (rank, A_RN.shape[1]))
         tensors[f"{PREFIX}{path}.lora_B.weight"] = _padded(B_MR, (B_MR.shape[0], rank))
+    parameters = experts.target_parameters(stacks, base)
+    for name, tensor in experts.stacked(stacks, parameters, base, rank).items():
+        tensors[f"{PREFIX}{name}"] = tensor.contiguous()
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
         target_modules=targets,
+        target_parameters=parameters or None,
         task_type=task_type,
         base_model_name_or_path=base_model,
-        fan_in_fan_out=all(isinstance(modules[path], Conv1D) for path in complete),
+        fan_in_fan_out=bool(complete) and all(isinstance(modules[path], Conv1D) for path in complete),
         inference_mode=True,
     )
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -110,17 +116,22 @@ def _padded(matrix: Tensor, shape: tuple[int, int]) -> Tensor:
     return padded
 
 
-def serving_command(folder: Path, *, base_model: str, rank: int | None) -> str:
-    """The command that serves a LoRA folder (of a rank) or a merged model (rank None) with vLLM."""
+def serving_command(folder: Path, *, base_model: str, rank: int | None, experts: bool = False) -> str:
+    """The command that serves a LoRA folder (of a rank) or a merged model (rank None) with vLLM.
+
+    Args:
+        experts: whether there is a LoRA of a mixture's experts, whose form vLLM has to be told.
+    """
     place, base_model = shlex.quote(str(folder)), shlex.quote(base_model)
     if rank is None:
         return f"vllm serve {place}"
     if rank > VLLM_RANKS[-1]:
         return f"llama-server --model {base_model} --lora {place}  # after conversion: vLLM serves ranks to 512 only"
-    return (
-        f"vllm serve {base_model} --enable-lora --max-lora-rank {vllm_rank(rank)} "
-        f"--lora-modules {shlex.quote(folder.name)}={place}"
-    )
+    served = f"{shlex.quote(folder.name)}={place}"
+    if experts:
+        about = {"name": folder.name, "path": str(folder), "is_3d_lora_weight": True}
+        served = f"{shlex.quote(json.dumps(about))} --enable-mixed-moe-lora-format"
+    return f"vllm serve {base_model} --enable-lora --max-lora-rank {vllm_rank(rank)} --lora-modules {served}"
 
 
 # --- what stands beside the weights ----------------------------------------------------------------------------------

@@ -11,8 +11,11 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter
+from ..padding import without_padding
 from ..precise import precise
+from ..tuner.experts import ExpertLinear, has_open_experts
 from ..tuner.layer import AdapterLayer
+from . import experts
 from .rows import Batch, inference, rows_of, run, watching
 
 Adapted = dict[str, tuple[AdapterLayer, Adapter]]
@@ -70,11 +73,11 @@ def compare(model: PeftModel, adapted: Adapted, exported: nn.Module, batches: It
         exported: a PeftModel with a plain LoRA beside the same layers.
     """
     layers = {path: layer for path, (layer, _) in adapted.items()}
-    branches = {path: exported.get_submodule(f"base_model.model.{path}") for path in adapted}
+    branches = {path: _loaded(exported, path, layer) for path, layer in layers.items()}
     squares: dict[str, Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))
     ends = Ends()
     with inference(model, exported):
-        for batch in batches:
+        for batch in without_padding(batches) if has_open_experts(model) else batches:
             with watching(layers) as seen:
                 live = run(model, batch)
             for path, calls in seen.items():
@@ -116,11 +119,20 @@ class Ends:
         )
 
 
-def _squares(adapter: Adapter, layer: Any, x_TN: Tensor) -> Tensor:
+def _loaded(exported: nn.Module, path: str, live: AdapterLayer) -> tuple[Tensor, Tensor, float]:
+    """B (M, R), A (R, N) and the scaling of the LoRA that PEFT loaded for a layer."""
+    base: nn.Module = exported.get_submodule("base_model.model")
+    if isinstance(live.get_base_layer(), ExpertLinear):
+        return experts.loaded(base, path)
+    layer: Any = base.get_submodule(path)
+    return layer.lora_B["default"].weight, layer.lora_A["default"].weight, layer.scaling["default"]
+
+
+def _squares(adapter: Adapter, lora: tuple[Tensor, Tensor, float], x_TN: Tensor) -> Tensor:
     """The summed squares of (exported − live, live) of a branch."""
     live = precise(adapter(x_TN.to(adapter.down.weight.dtype)))
-    A, B = layer.lora_A["default"], layer.lora_B["default"]
-    exported = precise(B(A(x_TN.to(A.weight.dtype)))) * layer.scaling["default"]
+    B_MR, A_RN, scaling = lora
+    exported = precise(x_TN.to(A_RN.dtype) @ A_RN.mT @ B_MR.mT) * scaling
     return torch.stack([(exported - live).square().sum(), live.square().sum()]).cpu()
 
 

@@ -19,6 +19,7 @@ from ..manifold.guard import check_manifold
 from ..run_folder import replacing
 from ..targets import is_linear
 from ..tuner.config import AdapterConfig
+from ..tuner.experts import ExpertLinear
 from ..tuner.layer import AdapterLayer
 from ..tuner.packing import take_out_8bit
 from .distil import distil
@@ -86,6 +87,7 @@ def export_lora(
         if form == "exact":
             check_rounding(gap, model, "LoRA")
         about = {"form": form, "base_model": base_model, "rank": width, "compared_on": compared_on}
+        about["experts"] = any(isinstance(layer.get_base_layer(), ExpertLinear) for layer, _ in adapted.values())
         record = record_of(model, exported, gap, about, score=score, folder=folder)
         write_record(partial, record)
     return record
@@ -121,7 +123,7 @@ def record_of(
         model: the live adapter's.
         exported: what was loaded again.
         gap: between them.
-        about: the form, base model, rank (None: merged) and what was compared on.
+        about: the form, base model, rank (None: merged), whether experts have a LoRA, and what was compared on.
         score: measures a model, for the base, the live and the exported one.
         folder: the export's final name.
     """
@@ -130,7 +132,8 @@ def record_of(
         with model.disable_adapter():
             base = score(model)
         record["scores"] = {"base": base, "live": score(model), "exported": score(exported)}
-    return record | {"serve": serving_command(folder, base_model=about["base_model"], rank=about["rank"])}
+    served = {name: about[name] for name in ("base_model", "rank", "experts")}
+    return record | {"serve": serving_command(folder, **served)}
 
 
 def adapted_layers(model: PeftModel) -> Adapted:
@@ -172,15 +175,6 @@ def check_config(config: Any, *, distilling: bool) -> None:
         raise ValueError(
             f"This adapter trains more than a LoRA holds ({', '.join(held)}), which servers refuse or drop silently. "
             "Export the model merged: beyondlora export ADAPTER --to merged."
-        )
-    if config.target_parameters:
-        raise ValueError(
-            "This adapter stands beside a mixture's experts, whose LoRA every server reads in another form, if at all. "
-            + (
-                "It cannot be merged either: run it with PEFT, or train one with target_parameters=[]."
-                if config.merge_refusal
-                else "Export the model merged: beyondlora export ADAPTER --to merged."
-            )
         )
     if config.merge_refusal and not distilling:
         raise ValueError(config.merge_refusal)

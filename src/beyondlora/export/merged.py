@@ -56,7 +56,7 @@ def export_merged(
             processor.save_pretrained(str(partial))
         del merged
         exported = reload(partial)
-        about = {"form": form, "base_model": base_model, "rank": None, "compared_on": compared_on}
+        about = {"form": form, "base_model": base_model, "rank": None, "experts": False, "compared_on": compared_on}
         gap = compare(model, {}, exported, batches)
         if form == "exact":
             check_rounding(gap, model, "merged model")

@@ -181,6 +181,11 @@ def open_experts(experts: nn.Module) -> None:
     _become(experts, _open_class(kind))
 
 
+def has_open_experts(model: nn.Module) -> bool:
+    """Whether a model has experts that compute through layers."""
+    return any(isinstance(module, OpenExperts) for module in model.modules())
+
+
 def close_experts(model: nn.Module) -> None:
     """Make the experts of a model what they were, without what is beside their layers."""
     for experts in list(model.modules()):
@@ -216,6 +221,11 @@ def parameter_name(layer: str) -> str:
     """The parameter that a layer of an expert is a slice of, by the layer's name."""
     holder, _, name = layer.rsplit(".", 2)
     return f"{holder}.{name}"
+
+
+def layer_index(layer: str) -> int:
+    """Which expert's a layer is, by its name."""
+    return int(layer.rsplit(".", 2)[1])
 
 
 def layer_names(parameter: str, experts: nn.Module) -> list[str]:
