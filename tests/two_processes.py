@@ -65,18 +65,24 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def join(rank: int, port: int) -> None:
-    """Make this one of two gloo processes, of one thread each."""
+def join(rank: int, port: int, world: int = 2) -> None:
+    """Make this one of some gloo processes, of one thread each."""
     torch.set_num_threads(1)
     address = f"tcp://127.0.0.1:{port}"
     # A call that one process leaves out is an error after some minutes, and no test that never ends.
-    distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2, timeout=timedelta(minutes=4))
+    patience = timedelta(minutes=4)
+    distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=world, timeout=patience)
+
+
+def of_each(worker: Callable[[int, int, Path], None], folder: Path, world: int) -> list[dict[Any, Any]]:
+    """What came out of the worker in each of some processes."""
+    multiprocessing.spawn(worker, (free_port(), folder), nprocs=world)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
 
 
 def both(worker: Callable[[int, int, Path], None], folder: Path) -> tuple[dict[Any, Any], dict[Any, Any]]:
     """What came out of the worker in each of two processes."""
-    multiprocessing.spawn(worker, (free_port(), folder), nprocs=2)
-    first, second = (torch.load(folder / f"{rank}.pt") for rank in range(2))
+    first, second = of_each(worker, folder, 2)
     return first, second
 
 
