@@ -121,10 +121,11 @@ class OpenExperts(nn.Module):
 
     def _is_whole(self) -> bool:
         """Whether the parameters say all there is to say: no child has an adapter, but for merged ones."""
-        children = (layer for index in range(count_of(self)) for layer in self.get_submodule(str(index)).children())
-        return all(
-            not isinstance(layer, BaseTunerLayer) or (layer.merged and not layer.disable_adapters) for layer in children
-        )
+        for name, layers in self._modules.items():  # asked in every forward pass, of hundreds of layers
+            for layer in layers._modules.values() if layers is not None and name.isdecimal() else ():
+                if isinstance(layer, BaseTunerLayer) and (layer.disable_adapters or not layer.merged):
+                    return False
+        return True
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _empty, (closed_class(self),), self.__dict__.copy()
