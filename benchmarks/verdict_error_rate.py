@@ -2,11 +2,13 @@
 
     python benchmarks/verdict_error_rate.py            # about 2 minutes on one quiet core; a Markdown table
     python benchmarks/verdict_error_rate.py --unequal  # about 5: the seeds of some methods spread more than others'
+    python benchmarks/verdict_error_rate.py --unstable # about 1: what setting unstable methods apart buys and costs
 
 Simulated grids whose truth is known. Rows differ in difficulty for all methods (standard deviation 1), each method has
 rows it finds easier (0.7), each training is a little better or worse than its method (the seed spread), with a little
 luck on each row (0.3). With --unequal the seed spread differs: the baseline's is four times the others',
-or each method has its own (log-normal, deviation 1).
+or each method has its own (log-normal, deviation 1). With --unstable it is 0.3 but for the last method's or the last
+two's, which spread thirty times as much.
 """
 
 import argparse
@@ -15,6 +17,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from beyondlora.compare import statistics
 from beyondlora.compare.statistics import compare_with
 
 ROWS, NULL_GRIDS, REAL_GRIDS, EFFECT = 100, 400, 200, 0.5
@@ -25,8 +28,12 @@ def main() -> None:
     """Print one of the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--unequal", action="store_true", help="methods whose seeds spread differently")
-    if parser.parse_args().unequal:
+    parser.add_argument("--unstable", action="store_true", help="methods thirty times as wide, pooled and set apart")
+    asked = parser.parse_args()
+    if asked.unequal:
         unequal()
+    elif asked.unstable:
+        unstable()
     else:
         equal()
 
@@ -58,6 +65,25 @@ def unequal() -> None:
     for methods, seeds in itertools.product((4, 10), (2, 3, 5)):
         rates = " | ".join(f"{wrong(methods, seeds, spreads):.2%}" for spreads in (wide_baseline, its_own))
         print(f"| {methods} | {seeds} | {rates} |", flush=True)
+
+
+def unstable() -> None:
+    """One method in four spreads thirty times as much, or two of three; all pooled, and as a verdict counts them."""
+
+    def last(wide: int) -> Spreads:
+        return lambda _, count: np.array([0.3] * (count - wide) + [9.0] * wide)
+
+    print("| seeds | 1 wide of 4: 1.5 found, pooled | set apart | 2 wide of 3: wrong, pooled | set apart |")
+    print("| ---: | ---: | ---: | ---: | ---: |")
+    rule = statistics.UNLIKE
+    for seeds in (3, 5):
+        found, mistaken = [], []
+        for statistics.UNLIKE in (0.0, rule):  # below 0 no p comes: nothing is set apart
+            draw = np.random.default_rng(1)
+            firsts = [verdicts(draw, 4, seeds, last(1), 5 * 0.3)[0] for _ in range(NULL_GRIDS)]
+            found.append(f"{firsts.count('better') / NULL_GRIDS:.0%}")
+            mistaken.append(f"{wrong(3, seeds, last(2)):.2%}")
+        print(f"| {seeds} | {' | '.join(found)} | {' | '.join(mistaken)} |", flush=True)
 
 
 def wrong(methods: int, seeds: int, spreads: Spreads) -> float:

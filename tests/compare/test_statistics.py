@@ -111,6 +111,17 @@ def test_an_unstable_method_does_not_hide_a_difference_between_calm_ones():
     assert set_apart({"base": mean(base), **{name: mean(rows) for name, rows in others.items()}}) == ["wilder", "wild"]
 
 
+def test_where_a_method_is_set_apart_no_difference_counts_more_than_by_its_own_seeds():
+    base, other, wild = (
+        np.repeat(np.array([values]).T, ROWS, axis=1) for values in ([0, 0.2, -0.3], [4, 8, 6], [0, 500, -300])
+    )
+    grid = {"base": {"x": base}, "other": {"x": other}, "wild": {"x": wild}}
+    assert set_apart({name: mean(rows) for name, rows in grid.items()}) == ["wild"]
+    found = compare_with(grid.pop("base"), grid, mean, higher_is_better=True)["other"]
+    expected = stats.ttest_ind(mean({"x": other}), mean({"x": base}), equal_var=False)
+    assert found.p == pytest.approx(expected.pvalue, rel=1e-6)
+
+
 @pytest.mark.parametrize(("arms", "seeds"), [(2, 3), (4, 3), (10, 5)])
 def test_methods_whose_seeds_spread_alike_are_seldom_set_apart(arms, seeds):
     draw, grids = np.random.default_rng(6), 1000

@@ -16,7 +16,8 @@ e_rows: paired bootstrap over the test rows (scipy.stats.bootstrap) of D average
 same resampled rows. e_seeds: from the spread over seeds of the two methods or, where that is larger, of all methods
 of the grid together: two or three seeds alone often look alike by chance. Methods whose seeds spread clearly more than
 the others' (`set_apart`) count there as the widest of the others, or one unstable method would hide every difference
-between calm ones; and then the sum over methods so unlike has the degrees of freedom of the two alone.
+between calm ones; the sum over methods so unlike then has the degrees of freedom of the two alone, and the margin by
+the two's own spread counts where it is wider.
 Quadrature counts what seeds and rows do together twice; that makes a verdict rarer, never easier.
 
 No verdict where a figure is not finite (a correlation with constant predictions), or is not on more than 1 − confidence
@@ -181,13 +182,13 @@ class _Difference:
         self.rows, self.seeds = _rows(baseline), min(len(figures), len(baseline_figures))
         self.value = float(figures.mean() - baseline_figures.mean())
         self.row_error, self.rows_low, self.rows_high = _over_rows(baseline, other, value, confidence, resamples)
-        self.seed_error, self.seed_freedom = _over_seeds(baseline_figures, figures, pooled)
+        self.seed_errors = _over_seeds(baseline_figures, figures, pooled)
         self.known = math.isfinite(self.value) and math.isfinite(self.row_error)
-        self.p = self._p() if self.seed_freedom and self.known else None
+        self.p = self._p() if self.seed_errors and self.known else None
 
     def margin(self, tail: float) -> float:
         """How far from the true difference this one lies with probability `tail` on one side."""
-        seeds = t.isf(tail, self.seed_freedom) * self.seed_error
+        seeds = max(t.isf(tail, freedom) * error for error, freedom in self.seed_errors)
         return float(math.hypot(seeds, t.isf(tail, self.rows - 1) * self.row_error))
 
     def _p(self) -> float:
@@ -286,15 +287,20 @@ def _pooled(figures: Mapping[Name, np.ndarray], names: Sequence[Name]) -> tuple[
     return (squares / freedom if freedom else 0.0), freedom
 
 
-def _over_seeds(first: np.ndarray, second: np.ndarray, pooled: tuple[float, int | None]) -> tuple[float, float]:
-    """Standard error of a difference of two means over seeds, and its degrees of freedom; 0 of them = unknown."""
+def _over_seeds(first: np.ndarray, second: np.ndarray, pooled: tuple[float, int | None]) -> list[tuple[float, float]]:
+    """Standard errors of a difference of two means over seeds, with their degrees of freedom; the wider margin counts.
+
+    None are known of a single seed.
+    """
     variance, freedom = pooled
     together = variance * (1 / len(first) + 1 / len(second))
     if min(len(first), len(second)) < 2:
-        return 0.0, 0
+        return []
     parts = [(float(values.var(ddof=1)) / len(values), len(values) - 1) for values in (first, second)]
     own = sum(part for part, _ in parts)
-    if own <= together * (1 + 1e-9):  # of two methods alone both are the same, up to rounding
-        return math.sqrt(together), len(first) + len(second) - 2 if freedom is None else freedom
-    welch = own**2 / sum(part**2 / part_freedom for part, part_freedom in parts)
-    return math.sqrt(own), welch
+    errors = []
+    if own > together * (1 + 1e-9) or (freedom is None and own):  # of two methods alone both are the same
+        errors.append((math.sqrt(own), own**2 / sum(part**2 / part_freedom for part, part_freedom in parts)))
+    if own <= together * (1 + 1e-9):
+        errors.append((math.sqrt(together), len(first) + len(second) - 2 if freedom is None else freedom))
+    return errors
