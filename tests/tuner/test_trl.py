@@ -1,11 +1,16 @@
 """TRL's trainers: `peft_config=` is all a user changes, on a quantised base too; what DPO takes for its reference."""
 
+import copy
 import math
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
+import small_models
 import torch
 from datasets import Dataset
-from methods import one_of_each_paper
+from methods import every_method, one_of_each_paper
+from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from beyondlora import StellaConfig
@@ -13,6 +18,7 @@ from beyondlora.manifold import distance_to_stiefel
 from beyondlora.manifold.linear import StiefelLinear
 
 trl = pytest.importorskip("trl")
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 pytestmark = [
     pytest.mark.usefixtures("fresh_accelerate"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"),
@@ -83,3 +89,34 @@ def test_a_policy_starts_as_its_reference_only_from_zero(start, is_reference, ho
     trainer.train()
     first = trainer.state.log_history[0]["loss"]
     assert (first == pytest.approx(math.log(2), abs=1e-4)) is is_reference
+
+
+# What an engine that generates for GRPO gets ------------------------------------------------------------------------
+
+
+def sent_to_vllm(model):
+    """The weights that TRL sends to vLLM before it generates; vLLM itself is no part of it."""
+    generation = pytest.importorskip("trl.generation.vllm_generation").VLLMGeneration
+    sharing = SimpleNamespace(gather_params=lambda weights: nullcontext(), is_fsdp=False)
+    sender = SimpleNamespace(model=model, _dist=sharing, _fix_param_name_to_vllm=lambda name, **_: name)
+    return {name: weight.clone() for name, weight in generation._iter_named_params(sender)}
+
+
+@every_method
+@pytest.mark.parametrize("targets", [{"target_modules": ["q_proj", "embed_tokens"]}, {"target_parameters": EXPERTS}])
+def test_vllm_gets_the_merged_model_and_the_policy_is_what_it_was(method, targets):
+    base = small_models.mixtral()
+    options = {"target_modules": [], **targets, "init_lora_weights": False}
+    model = get_peft_model(copy.deepcopy(base), method.config(**options))
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    if method.merge == "refused":
+        with pytest.raises(ValueError, match="Cannot merge"):
+            sent_to_vllm(model)
+    else:
+        sent = sent_to_vllm(model)
+        merged = copy.deepcopy(model).merge_and_unload()
+        assert dict(merged.named_parameters()).keys() == sent.keys()
+        for name, weight in merged.named_parameters():
+            torch.testing.assert_close(sent[name], weight, rtol=0, atol=1e-6)
+        assert any(not torch.equal(sent[name], weight) for name, weight in base.named_parameters())
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
