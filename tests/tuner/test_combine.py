@@ -59,6 +59,19 @@ def test_a_weighted_sum_is_the_sum_of_the_weight_updates(method):
     assert all(distance_to_stiefel(factor.orthonormal) < 2e-6 for factor in factors)
 
 
+def test_a_layer_whose_name_is_the_end_of_another_has_its_own_rank():
+    base = nn.Sequential()
+    base.proj, base.head = nn.Linear(16, 16), nn.ModuleDict({"proj": nn.Linear(16, 16)})
+    model = get_peft_model(base, StellaConfig(r=2, target_modules=["proj"]))
+    model.add_adapter("second", StellaConfig(r=3, target_modules=["head.proj"]))
+    model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "sum")
+    ranks = {name: layer.adapters["sum"].rank for name, layer in layers(model.get_base_model()).items()}
+    assert ranks == {"proj": 2, "head.proj": 5}
+    layer = model.get_base_model().head.proj
+    expected = layer.get_delta_weight("default") + layer.get_delta_weight("second")
+    torch.testing.assert_close(layer.get_delta_weight("sum"), expected, rtol=1e-5, atol=1e-5)
+
+
 @summable
 def test_the_sum_saves_loads_and_trains(method, tmp_path):
     model = trained(method)

@@ -35,7 +35,7 @@ def combined_config(layers: dict[str, AdapterLayer], adapters: Sequence[str], na
     largest = max(ranks.values())
     return {
         "r": largest,
-        "rank_pattern": {name: rank for name, rank in ranks.items() if rank != largest},
+        "rank_pattern": {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != largest},
         "lora_alpha": None,
         "alpha_pattern": {},
         "use_rslora": False,
