@@ -76,6 +76,18 @@ def test_one_too_long_step_leaves_the_others_fast_and_right() -> None:
         torch.testing.assert_close(Z.double(), polar, rtol=0, atol=2e-6)
 
 
+@every_shape
+@pytest.mark.parametrize("kept", [-0.5, 0.0, 1.9, 2.5])
+def test_steps_along_the_normal_do_not_add_up(M: int, R: int, kept: float) -> None:
+    """As an L2 term makes them, or a large step scale: an error in YᵀY grew by the square of their length."""
+    (Y,), _ = points(M, R, 0.0)
+    for _ in range(40):
+        after = kept * Y + 1e-3 * torch.randn(M, R)
+        assert fast.retract_([Y], [after], 1.0, torch.empty_like(Y))
+        Y = after
+    assert distance_to_stiefel(Y) <= 1e-6
+
+
 def test_a_device_without_memory_is_not_one_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cpu", 7)  # nobody else asks about it
 

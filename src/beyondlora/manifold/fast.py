@@ -8,8 +8,9 @@
              Y ← Z W = Ỹ W + Y (A W)                          two products
 
 Twice YᵀY is taken for I. In the projection, what that gets wrong is symmetric, and the polar factor removes it; in the
-Gram matrix of Z it is multiplied by A², and A is as small as the step. K is the actual Gram matrix, so that rounding
-does not pile up over steps. The inverse root is a series in ZᵀZ − I, repeated (Newton–Schulz) where the step is long.
+Gram matrix of Z it is multiplied by A², and A is as small as the step (where it is not, the definition is taken). K is
+the actual Gram matrix, so that rounding does not pile up over steps. The inverse root is a series in ZᵀZ − I, repeated
+(Newton–Schulz) where the step is long.
 
 Two forms: products one after the other and R×R matrices together (CPU: no copies; a step that is too long is seen and
 handed to the definition in float64), and a stack (GPUs: few launches, no look at a value, hence no synchronisation).
@@ -31,6 +32,7 @@ from .stiefel import polar_retraction, to_tangent
 
 NEAR, ROUNDS = 0.03, 8  # below NEAR one more round leaves 63/256 · NEAR⁵, under float32's rounding
 REACH = 0.9  # from where the rounds converge
+SHORT = 0.7  # of A: each step leaves half of an error in YᵀY; from 1 on steps would add to it
 BLOCK, SMALL_BLOCK = 512, 64  # rows of a product whose sum is to be exact; of one of fewer than two large blocks
 SIDE_BY_SIDE = 16  # columns below which BLAS runs products at a fraction of its speed
 UNEVEN = 2.0  # mean(λ) · mean(1/λ) of a Gram matrix from which its float32 rounding is felt; 1 for I
@@ -121,8 +123,7 @@ def polar_coefficients(H_BRR: Tensor, K_BRR: Tensor) -> tuple[Tensor, Tensor, Te
     rest_BRR = torch.baddbmm(K_BRR, A_BRR, A_BRR).add_(AH_BRR).add_(AH_BRR.mT)
     rest_BRR.diagonal(dim1=-2, dim2=-1).sub_(1)
     W_BRR, near_B = inverse_root(rest_BRR)
-    # In a step longer than the manifold is wide, what Y A and Ỹ share would cancel.
-    return W_BRR, A_BRR @ W_BRR, near_B & (A_BRR.abs().amax(dim=(-2, -1)) < 2)
+    return W_BRR, A_BRR @ W_BRR, near_B & (A_BRR.flatten(1).norm(dim=1) < SHORT)
 
 
 def inverse_root(rest_BRR: Tensor) -> tuple[Tensor, Tensor]:
