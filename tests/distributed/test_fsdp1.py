@@ -202,3 +202,21 @@ def test_a_factor_that_was_moved_is_brought_back_by_both_and_said(form: str, fou
         assert said
         assert all("had left the manifold" in warning for warning in said)
         assert off <= 1e-9
+
+
+def evaluate_few_experts(rank: int, port: int, folder: Path) -> None:
+    """Each process has tokens for other experts; every expert's parts are put together when they are called."""
+    join(rank, port)
+    torch.manual_seed(3)
+    options = {"target_modules": [], "target_parameters": ["experts.down_proj"], "init_lora_weights": False}
+    config = TRIED[0].config(**options)
+    model = get_peft_model(small_models.mixtral(experts=16).double(), config, autocast_adapter_dtype=False).eval()
+    ids = small_models.tokens(rows=2, length=3)[rank::2]
+    with torch.no_grad():
+        alone = model(input_ids=ids).logits
+        leave([alone, wrapped(model, "flat").eval()(input_ids=ids).logits], folder / f"{rank}.pt")
+
+
+def test_experts_that_have_tokens_in_one_process_only_are_evaluated(tmp_path: Path) -> None:
+    for alone, together in both(evaluate_few_experts, tmp_path):
+        torch.testing.assert_close(together, alone, rtol=0, atol=1e-12)

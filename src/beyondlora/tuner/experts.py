@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, check_target_module_exists
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from .base_layers import bare
 
@@ -101,7 +102,7 @@ class OpenExperts(nn.Module):
         if adapter_names is not None:
             names = _by_pair(adapter_names, order_S, counts)
         # In training an expert without tokens is called, too: it has a gradient then, zero, on every process alike.
-        some = self.training or torch.is_grad_enabled() or not len(order_S)
+        some = self.training or torch.is_grad_enabled() or not len(order_S) or _is_put_together(self._modules["0"])
         y_SN = torch.cat([self._expert(e, x, names[e]) for e, x in enumerate(rows) if len(x) or some])
         if getattr(me, "has_post_expert_norm", False):  # which old ones do not know
             y_SN = me.post_expert_norm(y_SN)
@@ -134,6 +135,12 @@ class OpenExperts(nn.Module):
 def _called(layer: nn.Module, names: list[str] | None, x: Tensor) -> Tensor:
     y: Tensor = layer(x, adapter_names=names) if names is not None and isinstance(layer, BaseTunerLayer) else layer(x)
     return y
+
+
+def _is_put_together(expert: Any) -> bool:
+    """Whether a call puts weights together from all processes, so that all must make it: ZeRO 3, FSDP around parts."""
+    cut = any(hasattr(weight, "ds_id") for weight in expert.parameters())
+    return cut or any(isinstance(module, (FSDPModule, FullyShardedDataParallel)) for module in expert.modules())
 
 
 def _by_pair(names: list[str], order_S: Tensor, counts: list[int]) -> list[list[str]]:
