@@ -1,12 +1,13 @@
 """The rest of what PEFT offers LoRA, for one configuration of each method; and what is refused."""
 
+import copy
 import shutil
 
 import pytest
 import small_models
 import torch
 from huggingface_hub import ModelCard
-from methods import every_method, one_of_each_paper
+from methods import METHODS, every_method, one_of_each_paper
 from peft import (
     AutoPeftModel,
     AutoPeftModelForCausalLM,
@@ -87,6 +88,24 @@ def test_merging_a_tied_embedding_warns_that_the_head_changes_too(method):
         model = get_peft_model(tied_llama(), config)
     with pytest.warns(UserWarning, match="untie the embeddings"):
         model.merge_adapter()
+
+
+@pytest.mark.filterwarnings("ignore:.*(tied layer|untie the embeddings|no longer tied|additionally merging)")
+@pytest.mark.parametrize("method", [m for m in METHODS if m.merge == "exact"], ids=lambda m: m.name)
+def test_tied_embeddings_with_adapters_on_both_sides_are_unmerged_to_the_bit(method):
+    options = {"target_modules": ["embed_tokens", "lm_head"], "task_type": "CAUSAL_LM", "init_lora_weights": False}
+    model = get_peft_model(tied_llama(), method.config(**{**options, **method.options})).eval()
+    attached, table = logits(model), tied_llama().lm_head.weight
+    model.add_adapter("head", method.config(**{**options, "target_modules": ["lm_head"]}))
+    for adapters in (["head"], ["default"]):  # first the head's, then both
+        model.merge_adapter(adapters)
+    twin = copy.deepcopy(model)
+    model.unmerge_adapter()
+    with twin.disable_adapter():  # each layer is unmerged when it is called
+        assert torch.equal(logits(twin), logits(tied_llama()))
+    for each in (model, twin):
+        assert torch.equal(each.get_base_model().lm_head.get_base_layer().weight, table)
+        assert torch.equal(logits(each), attached)
 
 
 @one_of_each_paper

@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_a
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
 from peft.utils.quantization_utils import get_quantization_kwargs
-from torch import nn
+from torch import Tensor, nn
 
 from ..manifold.guard import check_manifold, check_state, unwrapped
 from .base_layers import CONVOLUTIONS, bare, matrix_shape, reading_of
@@ -184,6 +184,16 @@ class AdapterModel(BaseTuner):
             if adapter_name in layer.adapters:
                 combine(layer, adapters, weights, adapter_name)
 
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """PEFT's; layers that share a base weight (tied embeddings) go back to what it was before all their merges."""
+        kept = _weights_before_merge(self.model)
+        try:
+            super().merge_adapter(*args, **kwargs)
+        finally:
+            kept = _weights_before_merge(self.model) | kept
+            for layer, weight in _merged_into(self.model):
+                layer._weight_before_merge = kept[weight]
+
     def _check_merge_allowed(self) -> None:
         """Refuse before the first layer is touched if any active adapter is no weight update."""
         super()._check_merge_allowed()
@@ -225,6 +235,18 @@ class AdapterModel(BaseTuner):
         acting += [layer for layer in layers if not isinstance(layer.get_base_layer(), ExpertLinear)]
         with handing_out(self, names, layers=acting, beams=kwargs.get("num_beams") or 1):
             yield
+
+
+def _merged_into(model: nn.Module) -> list[tuple[AdapterLayer, Tensor]]:
+    """Layers with something merged into a base weight of their own, and the weight."""
+    merged = [module for module in model.modules() if isinstance(module, AdapterLayer) and module.merged]
+    weights = [layer.get_base_layer()._parameters.get("weight") for layer in merged]
+    return [(layer, weight) for layer, weight in zip(merged, weights, strict=True) if weight is not None]
+
+
+def _weights_before_merge(model: nn.Module) -> dict[Tensor, Any]:
+    """Of each weight what the first of its layers has kept."""
+    return {weight: layer._weight_before_merge for layer, weight in reversed(_merged_into(model))}
 
 
 def _include_all_linear(config: Any, model: nn.Module) -> None:
