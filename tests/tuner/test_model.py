@@ -195,6 +195,17 @@ def test_unmerging_restores_every_bit(method):
 
 
 @mergeable
+def test_merged_and_unmerged_in_inference_mode_the_model_still_trains(method):
+    model = adapted(method)
+    with merging(method), torch.inference_mode():
+        model.merge_adapter()
+    model(input_ids=IDS, labels=IDS)
+    with torch.inference_mode(), model.disable_adapter():  # which unmerges
+        model(input_ids=IDS)
+    small_models.train_a_little(model)
+
+
+@mergeable
 @pytest.mark.parametrize("safe_merge", [False, True])
 def test_merge_and_unload_leaves_a_plain_model(method, safe_merge):
     model = adapted(method)

@@ -115,6 +115,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             result = self._add(adapter, result, x, overwrite=ours)
         return result if result.dtype == dtype else result.to(dtype)
 
+    @torch.inference_mode(False)  # tensors made in it could not be trained beside
+    @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the adapters' weight updates to the base weight.
 
@@ -162,6 +164,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
                     "back. Keep the adapter attached, or export it (beyondlora export ADAPTER --to lora)."
                 )
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def unmerge(self) -> None:
         """Put the base weight back as it was before the first merge, bit for bit where it is not quantised."""
         if self._weight_before_merge is None:
