@@ -381,6 +381,25 @@ def test_function_transforms(name: str) -> None:
     torch.testing.assert_close(through(fast), through(plain), rtol=1e-12, atol=1e-12)
 
 
+@every_row
+@pytest.mark.parametrize("rows", [4, 3000])
+def test_gradients_are_mapped_over(row: Row, rows: int) -> None:
+    """As `torch.autograd.functional.jacobian` and `hessian` do where they are to vectorize, and vmap of a gradient."""
+    adapter, x, base = row.build(6, 5, 3), fresh(rows, 6).requires_grad_(), nn.Linear(6, 5, dtype=torch.float64)
+    base.requires_grad_(False)
+    wanted, directions = [x, *adapter.parameters()], fresh(2, rows, 5)
+
+    def mapped(y: Tensor) -> list[Any]:
+        gradients = lambda upstream: torch.autograd.grad(y, wanted, upstream, retain_graph=True)  # noqa: E731
+        batched = torch.autograd.grad(y, wanted, directions, is_grads_batched=True, retain_graph=True)
+        return [batched, torch.func.vmap(gradients)(directions)]
+
+    expected = mapped(plain(adapter, base(x), x))
+    for y in (fast(adapter, base(x), x), adapter.beside(base, x)):
+        if y is not None:
+            torch.testing.assert_close(mapped(y), expected, rtol=1e-10, atol=1e-11)
+
+
 @forward_mode
 @some_rows
 def test_forward_mode_differentiation(name: str) -> None:

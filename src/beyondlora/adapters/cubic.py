@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .products import written_out
+
 FEW = 2**12  # entries of z up to which a CPU's time goes by the number of operations, not by their size
 PIECE, LARGE_PIECE = 2**15, 2**18  # entries of z: what stays in a CPU's cache; what all functions of are no burden
 MARGIN = (3, 4)  # functions that a cell at the lower and at the upper end reaches and that do not exist
@@ -168,7 +170,7 @@ def _gradients(
     du_TR = tanh_backward(g_TR, torch.tanh(tanh_TR @ H_RR.mT))
     dz_TR = tanh_backward(du_TR @ H_RR, tanh_TR)
     dH_RR = du_TR.mT @ tanh_TR
-    if _has_all_functions(z_TR) and not torch.is_grad_enabled():  # its second derivative at a centre is another one
+    if _has_all_functions(z_TR) and not written_out(g_TR):  # its second derivative at a centre is another one
         from_TRK = grid.from_centres(z_TR)
         far_TRK, near_TRK = grid.reach(from_TRK)
         squares = far_TRK * far_TRK, near_TRK * near_TRK

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from ..manifold.linear import StiefelLinear
 from .brief import bias_of, is_watched, weight_of
 from .dropout import Drawn, draw
-from .products import add_product_, flat, masked, narrow, read_twice, up_gradient, weight_gradient, widen_
+from .products import add_product_, flat, masked, narrow, read_twice, up_gradient, weight_gradient, widen_, written_out
 
 LINEAR = (nn.Linear.forward, StiefelLinear.forward)
 
@@ -251,7 +251,7 @@ def input_gradient(
     x_TN: Tensor, g_TR: Tensor, A_RN: Tensor, mask: Tensor | None, base: tuple[Tensor, Tensor] | None = None
 ) -> Tensor:
     """(g A) ∘ mask, and beside a base layer (its output's gradient and W0) their product too: one array like x."""
-    if torch.is_grad_enabled():
+    if written_out(g_TR):
         dx_TN = masked(flat(g_TR) @ A_RN, mask).to(x_TN.dtype)
         return (dx_TN if base is None else flat(base[0]) @ base[1] + dx_TN).view(x_TN.shape)
     dx_TN = x_TN.new_empty(x_TN.shape)  # `g @ W` may give a view, which autograd never adds to in place

@@ -1,7 +1,7 @@
 """Products of a tall matrix with a narrow one that make nothing of the tall one's size: what `fused.py` is made of.
 
 A mask (`dropout.py`) or another dtype is applied to a block of rows at a time; sums are in the narrow matrix's dtype.
-Where gradients are recorded (a second derivative) each is its definition.
+Where gradients are recorded (a second derivative), or mapped over (vmap), each is its definition.
 
 Legend: T tokens (any leading dimensions), N inputs, M outputs, R rank.
 """
@@ -17,6 +17,13 @@ DROPPING = {"cuda", "xpu"}  # devices with one kernel to draw, drop and scale, a
 drop_again = torch.ops.aten.native_dropout_backward  # x ∘ mask · scale in one pass
 
 
+def written_out(*operands: Tensor) -> bool:
+    """Whether products are to be in plain operations, which torch can differentiate in turn or map over."""
+    functorch = torch._C._functorch
+    mapped = torch._C._are_functorch_transforms_active() or any(map(functorch.is_legacy_batchedtensor, operands))
+    return mapped or torch.is_grad_enabled()
+
+
 def narrow(x_TN: Tensor, A_RN: Tensor, mask: Tensor | None = None) -> Tensor:
     """(x ∘ mask) Aᵀ in A's dtype, (T, R); x ∘ mask, and x in another dtype, exist a block of rows at a time."""
     if mask is None and x_TN.dtype == A_RN.dtype:
@@ -25,7 +32,7 @@ def narrow(x_TN: Tensor, A_RN: Tensor, mask: Tensor | None = None) -> Tensor:
         # The narrow matrix first: the other order is slower (docs/speed.md). Contiguous: dropout draws another mask for
         # another layout, and a recomputed forward pass must draw the same.
         return (A_RN @ flat(x_TN).mT).mT.contiguous().view(*x_TN.shape[:-1], A_RN.shape[0])
-    if torch.is_grad_enabled():
+    if written_out(x_TN):
         return masked(x_TN, mask).to(A_RN.dtype) @ A_RN.mT
     z_TR = A_RN.new_empty(*x_TN.shape[:-1], A_RN.shape[0])
     for rows, block in masked_blocks(x_TN, mask, A_RN.dtype):
@@ -35,7 +42,7 @@ def narrow(x_TN: Tensor, A_RN: Tensor, mask: Tensor | None = None) -> Tensor:
 
 def weight_gradient(g_TR: Tensor, x_TN: Tensor, mask: Tensor | None = None) -> Tensor:
     """gᵀ (x ∘ mask) in g's dtype, (R, N)."""
-    if torch.is_grad_enabled() or (mask is None and g_TR.dtype == x_TN.dtype):
+    if written_out(g_TR, x_TN) or (mask is None and g_TR.dtype == x_TN.dtype):
         return flat(g_TR).mT @ flat(masked(x_TN, mask)).to(g_TR.dtype)
     sum_RN = g_TR.new_zeros(g_TR.shape[-1], x_TN.shape[-1])
     for rows, block in masked_blocks(x_TN, mask, g_TR.dtype):
