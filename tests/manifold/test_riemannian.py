@@ -463,6 +463,18 @@ def test_factors_without_gradient_do_not_move(why: str) -> None:
     assert all(distance_to_stiefel(layer.orthonormal) < 1e-14 for layer in (chain.adapters[1].up, chain.adapters[2].up))
 
 
+def test_a_frozen_factor_that_momentum_still_moves_stays_on_the_manifold() -> None:
+    """As an adapter that another one takes the place of, where gradients are zeroed and not dropped."""
+    chain = Chain()
+    optimizer = torch.optim.AdamW(chain.adapters.parameters(), 0.01)
+    train(chain, optimizer, steps=5, set_to_none=False)
+    layer = chain.adapters[0].up.requires_grad_(False)
+    before = layer.weight.clone()
+    train(chain, optimizer, steps=5, set_to_none=False)
+    assert not torch.equal(layer.weight, before)
+    assert distance_to_stiefel(layer.orthonormal) < 1e-14
+
+
 def test_installing_twice_is_installing_once() -> None:
     from torch.optim import optimizer as torchs
 

@@ -121,7 +121,8 @@ def _to_step(optimizer: Optimizer, arguments: list[Any]) -> tuple[list[StiefelLi
         refuse_out_of_reach(layer for layer in living if layer in cut or "weight" not in layer._parameters)
     refuse_strays(layer for layer in owned if layer in cut)
     _unowned.watch(optimizer, living, owned, inside)
-    layers = [layer for layer in owned if weight_of(layer).requires_grad]
+    # A frozen weight that still has a gradient is stepped, too: torch's optimizers ask no more of it.
+    layers = [layer for layer in owned if weight_of(layer).requires_grad or weight_of(layer).grad is not None]
     if not layers and not pieces:
         return [], []
     # Before the look at gradients: there may be none yet, the closure makes them.
