@@ -7,7 +7,7 @@ import pickle
 import pytest
 import small_models
 import torch
-from methods import METHODS, every_method, since_peft_0_21
+from methods import METHODS, every_method, one_of_each_paper, since_peft_0_21
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -467,6 +467,24 @@ def test_the_projection_that_attention_never_calls_is_refused():
         ValueError, match=r"out_proj: nn.MultiheadAttention reads this layer's weight and never calls it"
     ):
         get_peft_model(base, CeraConfig(target_modules=["out_proj"]))
+
+
+@one_of_each_paper
+@pytest.mark.parametrize("batch_first", [True, False], ids=["fast path", "no fast path"])
+def test_torchs_own_transformer_evaluates_its_adapters_or_refuses_them(method, batch_first, monkeypatch):
+    """Its layers' fast path reads weights, where batches come first, and calls no module."""
+    layer = nn.TransformerEncoderLayer(16, 4, 32, 0.0, batch_first=batch_first)
+    base = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    config = method.config(target_modules=["linear1", "linear2"], init_lora_weights=False, lora_dropout=0.0)
+    if batch_first:
+        with pytest.raises(ValueError, match=r"layers.0.linear1: .* trained and then without effect.*fastpath_enabled"):
+            get_peft_model(base, config)
+        monkeypatch.setattr(torch.backends.mha, "_is_fastpath_enabled", False)
+    model, x = get_peft_model(base, config), torch.randn(2, 4, 16)
+    torch.testing.assert_close(model.eval()(x), model.train()(x))
+    with model.disable_adapter():
+        disabled = model(x)
+    assert not torch.allclose(model(x), disabled, atol=1e-3)
 
 
 @every_method

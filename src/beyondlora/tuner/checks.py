@@ -6,6 +6,7 @@ import re
 import warnings
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..targets import fits
@@ -41,6 +42,12 @@ def target_problem(name: str, module: nn.Module, model: nn.Module) -> str | None
             f"{name}: nn.MultiheadAttention reads this layer's weight and never calls it, so an adapter would be "
             "without effect; leave it out of target_modules."
         )
+    if _has_fast_path(parent) and isinstance(bare(module), nn.Linear):
+        return (
+            f"{name}: nn.TransformerEncoderLayer has a fast path for evaluation, which reads this layer's weight and "
+            "does not call it, so an adapter would be trained and then without effect. Switch it off before, in every "
+            "program that uses the adapter: torch.backends.mha.set_fastpath_enabled(False)."
+        )
     if _is_read(name.rpartition(".")[2], parent):
         return (
             f"{name}: {type(parent).__name__} reads this layer's weight, at least in its fused kernels, and does not "
@@ -49,6 +56,14 @@ def target_problem(name: str, module: nn.Module, model: nn.Module) -> str | None
         )
     problem = layer_problem(bare(module))
     return problem and f"{name} is a {type(bare(module)).__name__}: {problem}"
+
+
+def _has_fast_path(parent: nn.Module) -> bool:
+    """Whether a layer of torch's own transformer may be evaluated in one kernel, for all that is known beforehand."""
+    if not isinstance(parent, nn.TransformerEncoderLayer) or not torch.backends.mha.get_fastpath_enabled():
+        return False
+    attention, is_usual = parent.self_attn, bool(parent.activation_relu_or_gelu)
+    return is_usual and attention.batch_first and attention.in_proj_bias is not None and attention.num_heads % 2 == 0
 
 
 def _is_read(name: str, parent: nn.Module) -> bool:
