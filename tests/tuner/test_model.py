@@ -258,6 +258,28 @@ def test_one_adapter_that_cannot_merge_keeps_all_layers_as_they_are():
     assert not any(layer.merged for layer in layers(model).values())
 
 
+@pytest.mark.parametrize("door", ["merge_adapter", "merge_and_unload"])
+def test_adapters_that_are_named_are_looked_at_and_no_others(door):
+    linear = CeraConfig(r=2, cera_activation="identity", target_modules=["first", "second"])
+    model = get_peft_model(small_models.Perceptron(), linear)
+    model.add_adapter("gated", CeraConfig(r=2, target_modules=["second"]))
+    with pytest.raises(ValueError, match="nonlinear in x"):
+        getattr(model, door)(adapter_names=["default", "gated"])
+    assert len(layers(model)) == 2
+    assert not any(layer.merged for layer in layers(model).values())
+    model.set_adapter("gated")
+    getattr(model, door)(adapter_names=["default"])
+    model.unload()
+
+    model = get_peft_model(small_models.Perceptron(), StellaConfig(r=2, target_modules=["first"]))
+    model.add_adapter("broken", StellaConfig(r=2, target_modules=["first", "second"]))
+    layers(model.get_base_model())["second"].adapters["broken"].core.weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="The adapter broken seems to be broken"):
+        getattr(model, door)(adapter_names=["broken"])
+    assert len(layers(model)) == 2
+    assert not any(layer.merged for layer in layers(model).values())
+
+
 def test_a_safe_merge_refuses_broken_weights_and_keeps_the_base():
     model = adapted(next(m for m in METHODS if m.name == "stella"), target_modules=["q_proj"])
     layer = next(iter(layers(model).values()))

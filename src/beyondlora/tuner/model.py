@@ -97,8 +97,10 @@ class AdapterModel(BaseTuner):
         self.targeted_parameter_names = list(dict.fromkeys([*self.targeted_parameter_names, *names]))  # for peft 0.20
         return names
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
-        base: Any = super()._unload_and_optionally_merge(*args, **kwargs)
+    def _unload_and_optionally_merge(self, merge: bool = True, **options: Any) -> Any:  # type: ignore[override]
+        if merge:
+            self._check_mergeable(options.get("adapter_names"))
+        base: Any = super()._unload_and_optionally_merge(merge, **options)
         close_experts(base)
         return base
 
@@ -184,22 +186,25 @@ class AdapterModel(BaseTuner):
             if adapter_name in layer.adapters:
                 combine(layer, adapters, weights, adapter_name)
 
-    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """PEFT's; layers that share a base weight (tied embeddings) go back to what it was before all their merges."""
+        self._check_mergeable(adapter_names)
         kept = _weights_before_merge(self.model)
         try:
-            super().merge_adapter(*args, **kwargs)
+            super().merge_adapter(adapter_names, safe_merge)
         finally:
             kept = _weights_before_merge(self.model) | kept
             for layer, weight in _merged_into(self.model):
                 layer._weight_before_merge = kept[weight]
 
-    def _check_merge_allowed(self) -> None:
-        """Refuse before the first layer is touched if any active adapter is no weight update."""
-        super()._check_merge_allowed()
+    def _check_mergeable(self, names: list[str] | None) -> None:
+        """Refuse before the first layer is touched if an adapter is no weight update; None = the active ones."""
         for module in self.model.modules():
             if isinstance(module, AdapterLayer):
-                module.check_mergeable(module.active_adapters)
+                module.check_mergeable(module.active_adapters if names is None else names)
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
         check_manifold(self.model)
 
     @classmethod
