@@ -491,6 +491,19 @@ def test_the_projection_that_attention_never_calls_is_refused():
         get_peft_model(base, CeraConfig(target_modules=["out_proj"]))
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+@one_of_each_paper
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_trace_is_the_model(method, grad):
+    """torch checks it by tracing again without gradients: the same modules must be called."""
+    config = method.config(target_modules=["first", "second"], init_lora_weights=False)
+    model = get_peft_model(small_models.Perceptron(), config).eval()
+    with torch.set_grad_enabled(grad):
+        traced = torch.jit.trace(model, torch.randn(5, 16))
+    x = torch.randn(7, 16)
+    torch.testing.assert_close(traced(x), model(x))
+
+
 @one_of_each_paper
 @pytest.mark.parametrize("batch_first", [True, False], ids=["fast path", "no fast path"])
 def test_torchs_own_transformer_evaluates_its_adapters_or_refuses_them(method, batch_first, monkeypatch):

@@ -16,7 +16,12 @@ FEW = 2**15  # entries that take less time to write twice than to look whether o
 
 def is_brief(y_TM: Tensor) -> bool:
     """Small and without gradients, as when a model writes word by word: looking what to fuse would cost more."""
-    return not torch.is_grad_enabled() and not torch.compiler.is_compiling() and y_TM.numel() < FEW
+    return not torch.is_grad_enabled() and not is_recorded() and y_TM.numel() < FEW
+
+
+def is_recorded() -> bool:
+    """Whether a compiler or tracer writes down which modules are called."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
 def call(module: nn.Module, x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from ..manifold.linear import StiefelLinear
-from .brief import bias_of, is_watched, weight_of
+from .brief import bias_of, is_recorded, is_watched, weight_of
 from .dropout import Drawn, draw
 from .products import add_product_, flat, masked, narrow, read_twice, up_gradient, weight_gradient, widen_, written_out
 
@@ -322,7 +322,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 def is_eager() -> bool:
     """Plain eager execution: no compiler (which fuses by itself), tracer, function transform or forward-mode AD."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+    if is_recorded():
         return False
     transformed = torch._C._are_functorch_transforms_active()
     return not transformed and forward_ad._current_level < 0 and torch._C._len_torch_dispatch_stack() == 0

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..adapters.adapter import Adapter
-from ..adapters.brief import call, is_brief
+from ..adapters.brief import call, is_brief, is_recorded
 from ..adapters.fused import has_hooks
 from .base_layers import as_matrix, as_weight, matrix_shape
 from .experts import ExpertLinear, execution_device
@@ -192,7 +192,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     def _base(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The base layer's output, whatever it is asked."""
-        if args or kwargs or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if args or kwargs or torch.is_grad_enabled() or is_recorded():
             result: Tensor = self.base_layer(x, *args, **kwargs)
         else:
             result = call(self.base_layer, x)
