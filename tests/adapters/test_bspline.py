@@ -78,6 +78,19 @@ def test_intervals_are_half_open_and_everything_beyond_the_outermost_knots_is_ze
     assert not bspline_basis(torch.tensor([-2.5, 2.5, -40.0, 40.0]), grid_size=4, order=3).any()
 
 
+@every_grid
+@pytest.mark.parametrize("far", [1e30, 3e38, float("inf")])
+def test_however_far_from_the_grid_it_is_zero_and_so_is_its_slope(grid: dict[str, Any], far: float) -> None:
+    z = torch.tensor([far, -far, float("nan"), 0.1], requires_grad=True)
+    basis = bspline_basis(z, **grid)
+    assert not basis[:2].any()
+    assert basis[3].sum() > 0.99
+    if grid["order"]:  # steps have no slope
+        assert basis[2].isnan().any()
+        (slope,) = torch.autograd.grad(basis[:2].sum(), z)
+        assert not slope.any()
+
+
 @pytest.mark.parametrize(
     ("given", "returned"),
     [(torch.float64, torch.float64), (torch.float32, torch.float32)]

@@ -35,6 +35,7 @@ def bspline_basis(
     spacing = (high - low) / grid_size
     steps = torch.arange(-order, grid_size + order + 1, dtype=z.dtype, device=z.device)
     knots = low + spacing * steps
+    z = z.clamp(knots[0] - spacing, knots[-1])  # beyond the knots there are zeros, and infinity times zero is nan
     basis = ((z >= knots[:-1]) & (z < knots[1:])).to(z.dtype)
     for degree in range(1, order + 1):
         rising = (z - knots[: -degree - 1]) / (degree * spacing) * basis[..., :-1]
