@@ -668,13 +668,26 @@ def test_grey_images_and_paths_will_do_and_broken_ones_are_named(vit, tmp_path, 
     train = data.prepare(data.read_splits(ours), vit, ours).train
     assert {train[i]["pixel_values"].shape for i in range(3)} == {(3, 96, 96)}
     (tmp_path / "1.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"a\.jsonl, row 2: field 'image' is no image"):
+    with pytest.raises(ValueError, match=r"a\.jsonl, row 2: field 'image' in .*1\.png is no whole image"):
         data.read_splits(ours)
     (tmp_path / "1.png").unlink()
     with pytest.raises(ValueError, match="row 2"):
         data.read_splits(ours)
     with pytest.raises(ValueError, match=r"field 'label' holds .*expected images"):
         data.read_splits(ours.replace(image_field="label", label_field="image"))
+
+
+@pytest.mark.parametrize("name", ["picture.jpg", "picture.png"])
+def test_an_image_that_was_cut_off_is_named_before_any_training(name, tmp_path, write):
+    from PIL import Image
+
+    noise = np.random.RandomState(0).randint(256, size=(64, 64, 3), dtype=np.uint8)
+    for picture in ("whole.png", name):
+        Image.fromarray(noise).save(tmp_path / picture)
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-1000])
+    rows = [{"image": str(tmp_path / picture), "label": i} for i, picture in enumerate(("whole.png", name))]
+    with pytest.raises(ValueError, match=rf"a\.jsonl, row 2: field 'image' in .*{name} is no whole image"):
+        data.read_splits(images(model_name_or_path="x", dataset_name=write("a.jsonl", rows)))
 
 
 # Fingerprints, evaluation -------------------------------------------------------------------------------------------

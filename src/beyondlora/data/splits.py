@@ -49,7 +49,7 @@ def hold_out(recipe: DataRecipe, fraction: float) -> tuple[datasets.Dataset, dat
 
 
 def read_checked(recipe: DataRecipe, name: str, split: str) -> datasets.Dataset:
-    """Rows with the task's fields: texts are text, conversations are messages, images can be opened."""
+    """Rows with the task's fields: texts are text, conversations are messages, images are whole."""
     texts = text_fields(recipe)
     fields = list(texts)
     if recipe.task == "image-classification":
@@ -72,9 +72,9 @@ def read_checked(recipe: DataRecipe, name: str, split: str) -> datasets.Dataset:
 
 
 def _check_images(rows: datasets.Dataset, name: str, where: str) -> datasets.Dataset:
-    """Every image file can be opened; pixels are decoded later."""
+    """Every image can be decoded, to its end: one that was cut off opens as well as any."""
     try:
-        from PIL import Image, UnidentifiedImageError
+        from PIL import Image
     except ModuleNotFoundError:
         raise ValueError("image tasks need Pillow, which is not installed: pip install 'beyondlora[images]'") from None
     try:
@@ -85,12 +85,13 @@ def _check_images(rows: datasets.Dataset, name: str, where: str) -> datasets.Dat
         ) from None
     for number, image in enumerate(arrow_column(rows, name), start=1):
         content = image.as_py()
+        source = io.BytesIO(content["bytes"]) if content["bytes"] is not None else content["path"]
         try:
-            Image.open(io.BytesIO(content["bytes"]) if content["bytes"] is not None else content["path"]).close()
-        except (UnidentifiedImageError, OSError) as error:
-            raise ValueError(
-                f"{where}, row {number}: field {name!r} is no image that can be opened ({error})"
-            ) from None
+            with Image.open(source) as opened:
+                opened.load()
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # all are Pillow's
+            file = f" in {content['path']}" if content["path"] else ""
+            raise ValueError(f"{where}, row {number}: field {name!r}{file} is no whole image ({error})") from None
     return rows
 
 
