@@ -215,6 +215,11 @@ class Recipe:
             temporary.unlink(missing_ok=True)
 
     @property
+    def evaluates(self) -> bool:
+        """Whether there are rows to evaluate on."""
+        return bool(self.eval_fraction or self.eval_dataset_name or self.dataset_test_split)
+
+    @property
     def asks(self) -> bool:
         """Whether the model answers anything, beside the loss that its rows have."""
         return bool(self.metrics or self.lm_eval_tasks)
@@ -327,8 +332,7 @@ def _check_metrics(recipe: Recipe) -> None:
     if recipe.lm_eval_tasks and recipe.task != "causal-lm":
         raise ValueError(f"lm_eval_tasks are for task: causal-lm, questions about text; the task is {recipe.task}")
     asked = [name for name in ("metrics", "forgetting_dataset_name", "lm_eval_tasks") if getattr(recipe, name)]
-    held_out = recipe.eval_fraction or recipe.eval_dataset_name or recipe.dataset_test_split
-    if asked and not held_out:
+    if asked and not recipe.evaluates:
         raise ValueError(
             f"{' and '.join(asked)}: measured beside the evaluation rows, and eval_fraction is 0; hold some out, or "
             "name eval_dataset_name"

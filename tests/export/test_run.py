@@ -81,6 +81,14 @@ def test_where_the_runs_rows_are_not_found_prompts_are_compared(exported, tmp_pa
         export(run, tmp_path / "report", report=True)
 
 
+def test_a_run_that_held_no_rows_out_is_compared_on_prompts(exported, tmp_path):
+    run = shutil.copytree(exported / "stella", tmp_path / "run")
+    Recipe.load(run / "recipe.yaml").replace(eval_fraction=0.0).save(run / "recipe.yaml")
+    assert export(run, tmp_path / "lora")["compared_on"] == "built-in prompts"
+    with pytest.raises(ValueError, match=r"holds out no evaluation rows .*--data FILE"):
+        export(run, tmp_path / "report", report=True)
+
+
 def test_a_static_form_is_reported_as_evaluate_merged_measures_it(exported, tmp_path):
     record = export(exported / "aurora", tmp_path / "lora", report=True)
     merged = evaluate(exported / "aurora", merged=True)["metrics"]

@@ -96,7 +96,9 @@ def export(
 
 
 def _rows(opened: Opened, progress: Progress, *, needed: bool) -> data_module.Evaluation | None:
-    """The rows to compare on; None where a text model's are not where its run found them, and prompts will do."""
+    """The rows to compare on; None where a text model's run had none, or has moved from them, and prompts will do."""
+    if opened.data is None and not opened.recipe.evaluates and opened.recipe.task == "causal-lm" and not needed:
+        return None
     try:
         return opened.rows()
     except FileNotFoundError as error:
