@@ -479,6 +479,8 @@ BAD = [
     ({"optim": "lomo"}, r"lomo_optim"),
     ({"lr_scheduler_type": "liner"}, r"lr_scheduler_type='liner' is unknown to transformers; did you mean 'linear'\?"),
     ({"lr_scheduler_type": "reduce_lr_on_plateau"}, r"follows evaluations of the Trainer's own"),
+    ({"lr_scheduler_type": "warmup_stable_decay"}, r"takes settings that a recipe has no keys for .*num_decay_steps"),
+    ({"lr_scheduler_type": "cosine_with_min_lr"}, r"takes settings that a recipe has no keys for .*min_lr"),
     ({"dataset_name": "nowhere/at/all.txt"}, r"nowhere/at/all\.txt"),
     ({"dataset_name": "HOUSE/sentences.jsonl", "dataset_text_field": "body"}, r"body"),
     ({**CLASSES, "dataset_name": "HOUSE/sentences.jsonl", "label_field": "stars"}, r"stars"),

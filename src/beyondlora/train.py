@@ -13,9 +13,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, parse_flag_from_env
-from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments, get_scheduler, set_seed
 from transformers.integrations.deepspeed import deepspeed_init, is_deepspeed_zero3_enabled
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import SchedulerType
@@ -158,11 +159,19 @@ def _check_names(recipe: Recipe) -> None:
         value, names = getattr(recipe, key), [str(name.value) for name in known]
         if value not in names:
             raise ValueError(f"{key}={value!r} is unknown to transformers; {nearest(value, names)}")
-    if recipe.lr_scheduler_type == SchedulerType.REDUCE_ON_PLATEAU:
+    if recipe.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
         raise ValueError(
             f"lr_scheduler_type={recipe.lr_scheduler_type!r} follows evaluations of the Trainer's own, and those of a "
             "run are others; choose another, as 'cosine'."
         )
+    try:
+        anything = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+        get_scheduler(recipe.lr_scheduler_type, anything, num_warmup_steps=0, num_training_steps=1)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"lr_scheduler_type={recipe.lr_scheduler_type!r} takes settings that a recipe has no keys for ({error}); "
+            "choose another, as 'cosine'."
+        ) from error
 
 
 def _check_optimizer(arguments: TrainingArguments, model: Any) -> None:
