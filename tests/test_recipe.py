@@ -136,10 +136,28 @@ def test_an_adapter_block_needs_a_method():
 # Keys -----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("wrong", "right"), [("learningrate", "learning_rate"), ("epochs", "num_train_epochs")])
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("learningrate", "learning_rate"),
+        ("epochs", "num_train_epochs"),
+        ("batch_size", "per_device_train_batch_size"),  # and not image_size, which is spelled more like it
+    ],
+)
 def test_an_unknown_key_names_the_nearest(load, wrong, right):
-    with pytest.raises(ValueError, match=rf"recipe.yaml.*'{wrong}'.*{right}"):
+    with pytest.raises(ValueError, match=rf"recipe.yaml.*'{wrong}'.*did you mean '{right}'"):
         load(f"{wrong}: 1")
+
+
+def test_an_unknown_key_like_no_other_is_told_where_all_are_explained(load):
+    with pytest.raises(ValueError, match=r"'lora_alpha' is not a key .*help\(r.Recipe\).*under adapter") as caught:
+        load("lora_alpha: 16")
+    assert len(str(caught.value)) < 300
+
+
+def test_names_are_listed_once():
+    with pytest.raises(ValueError, match=r"dtype='half' is unknown; choose from float32, bfloat16$"):
+        minimal(dtype="half")
 
 
 def test_all_missing_keys_are_named_at_once(write):

@@ -25,6 +25,8 @@ import yaml
 
 TASKS = ("causal-lm", "sequence-classification", "sequence-regression", "image-classification")
 TOLD = ("output_dir", "report_to")  # where a run can be read, and no part of what it is
+FEW = 20  # names that an error lists beside the nearest one
+EXPLAINED = 'python -c "import beyondlora.recipe as r; help(r.Recipe)"'
 METRICS = ("multiple_choice", "multiple_choice_generated", "exact_match")  # and pass@K, see `passes`
 
 
@@ -252,7 +254,9 @@ def _check_keys(values: Mapping[str, Any]) -> None:
     known = [field.name for field in dataclasses.fields(Recipe)]
     for key in values:
         if key not in known:
-            raise ValueError(f"{key!r} is not a key of a recipe; {nearest(str(key), known)}")
+            near = _near(str(key), known)
+            advice = f"did you mean {near!r}?" if near else f"those it has: {EXPLAINED}. A method's stand under adapter"
+            raise ValueError(f"{key!r} is not a key of a recipe; {advice}")
     required = [field.name for field in dataclasses.fields(Recipe) if field.default is dataclasses.MISSING]
     missing = [name for name in required if name not in values]
     if missing:
@@ -260,9 +264,17 @@ def _check_keys(values: Mapping[str, Any]) -> None:
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
-    """Advice for a misspelt word: the nearest known one, or all of them."""
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}"
+    """Advice for a misspelt word: the nearest known one, and all of them where they are few or none is near."""
+    near, listed = _near(word, known), ", ".join(known)
+    if near is None:
+        return f"choose from {listed}"
+    return f"did you mean {near!r}?" + (f" (known: {listed})" if len(known) <= FEW else "")
+
+
+def _near(word: str, known: Sequence[str]) -> str | None:
+    """The first name that a word is a part of (adamw of adamw_torch), else what is spelled most like it."""
+    whole = [name for name in known if len(word) > 2 and word in name]
+    return next(iter(whole or difflib.get_close_matches(word, known, n=1, cutoff=0.5)), None)
 
 
 def warmup_problem(recipe: Recipe, steps: int) -> str | None:
@@ -278,7 +290,7 @@ def warmup_problem(recipe: Recipe, steps: int) -> str | None:
 def _check_values(recipe: Recipe) -> None:
     _check_ranges(recipe)
     if recipe.task not in TASKS:
-        raise ValueError(f"task={recipe.task!r} is unknown; {nearest(recipe.task, TASKS)} (known: {', '.join(TASKS)})")
+        raise ValueError(f"task={recipe.task!r} is unknown; {nearest(recipe.task, TASKS)}")
     peft_type = recipe.adapter.get("peft_type")
     if not isinstance(peft_type, str) or not peft_type:
         raise ValueError(
@@ -386,9 +398,7 @@ def _coerce(key: str, value: Any, annotation: Any) -> Any:
         return None if value is None else _coerce(key, value, arguments[0])
     if origin is Literal:
         if value not in arguments:
-            raise ValueError(
-                f"{key}={value!r} is unknown; {nearest(str(value), arguments)} (known: {', '.join(arguments)})"
-            )
+            raise ValueError(f"{key}={value!r} is unknown; {nearest(str(value), arguments)}")
         return value
     if origin is list:
         if not isinstance(value, list):

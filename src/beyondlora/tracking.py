@@ -41,9 +41,7 @@ def _tracker(name: str) -> TrainerCallback:
     kind = INTEGRATION_TO_CALLBACK.get(name)
     if kind is None:
         known = sorted(INTEGRATION_TO_CALLBACK)
-        raise ValueError(
-            f"report_to={name!r} is unknown to transformers; {nearest(name, known)} (known: {', '.join(known)})"
-        )
+        raise ValueError(f"report_to={name!r} is unknown to transformers; {nearest(name, known)}")
     try:
         return kind()
     except (ImportError, RuntimeError) as error:
