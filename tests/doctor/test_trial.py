@@ -24,8 +24,9 @@ def test_a_good_recipe_runs_and_leaves_nothing_behind(house, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_epochs_are_counted_in_optimizer_steps(house, tmp_path):
-    by_epochs = {"max_steps": -1, "num_train_epochs": 2.0, "gradient_accumulation_steps": 2}
+@pytest.mark.parametrize("epochs", [2.0, 0.01])
+def test_epochs_are_counted_in_optimizer_steps(epochs, house, tmp_path):
+    by_epochs = {"max_steps": -1, "num_train_epochs": epochs, "gradient_accumulation_steps": 2}
     found = try_recipe(recipe(house, tmp_path, **by_epochs))
     from beyondlora.train import train
 
@@ -46,6 +47,12 @@ def test_a_run_in_the_output_folder_is_noted_and_left_alone(house, tmp_path):
 def test_a_warmup_that_is_too_long_is_noted(house, tmp_path):
     assert try_recipe(recipe(house, tmp_path))["notes"] == []
     assert "warmup_steps=12 in a run of 12" in try_recipe(recipe(house, tmp_path, warmup_steps=12))["notes"][0]
+
+
+def test_a_trial_that_ends_in_nan_names_no_folder_that_is_gone(house, tmp_path):
+    with pytest.raises(FloatingPointError, match=r"In step \d of 3, .*learning_rate \(it is 1e\+30\)") as caught:
+        try_recipe(recipe(house, tmp_path, learning_rate=1e30))
+    assert "beyondlora-trial" not in str(caught.value)
 
 
 def test_a_bad_row_far_behind_the_first_batch_is_found(house, tmp_path):
