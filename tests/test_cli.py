@@ -13,6 +13,7 @@ import small_runs
 import torch
 from typer.testing import CliRunner
 
+import beyondlora.doctor
 import beyondlora.evaluate
 import beyondlora.train
 from beyondlora import __version__
@@ -129,14 +130,18 @@ def test_bad_input_is_a_sentence_and_exit_code_2(arguments, message, recipe_file
     assert done.stdout == ""
 
 
-def test_warnings_are_sentences_said_at_once(recipe_file, monkeypatch):
-    def train(*_arguments, **_options):
+@pytest.mark.parametrize(
+    ("command", "work"),
+    [("train", "beyondlora.train.train"), ("doctor", "beyondlora.doctor.try_recipe")],
+)
+def test_warnings_are_sentences_said_at_once(command, work, recipe_file, monkeypatch):
+    def warned(*_arguments, **_options):
         for _ in range(2):
             warnings.warn("This is [red]said[/red] once.", stacklevel=2)
         raise ValueError("after it")
 
-    monkeypatch.setattr("beyondlora.train.train", train)
-    assert call("train", recipe_file()).stderr == "Warning: This is [red]said[/red] once.\nError: after it\n"
+    monkeypatch.setattr(work, warned)
+    assert call(command, recipe_file()).stderr == "Warning: This is [red]said[/red] once.\nError: after it\n"
 
 
 def test_an_error_stands_alone():

@@ -77,7 +77,7 @@ def train(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run in output_dir first.")] = False,
 ) -> None:
     """Fine-tune a model by a recipe, into the run folder output_dir."""
-    with _explained(), _warnings_said():
+    with _explained():
         loaded = Recipe.load(recipe, set_ or ())
         with _resumable(loaded):
             from . import train as training
@@ -111,7 +111,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Measure an adapter: loss, perplexity, accuracy, correlations, what the recipe's metrics ask; with errors."""
-    with _explained(), _warnings_said():
+    with _explained():
         source = recipe or RunFolder(target).recipe
         if set_ and not source.exists():
             raise ValueError(f"--set changes a recipe, and {target} holds none; name one with --recipe.")
@@ -191,7 +191,7 @@ def export(
     as_json: Annotated[bool, typer.Option("--json", help="Print what export.json holds.")] = False,
 ) -> None:
     """Write what a server loads: a plain LoRA or a merged model, compared with the live adapter before it counts."""
-    with _explained(), _warnings_said():
+    with _explained():
         named = target.parent if RunFolder(target.parent).recipe.exists() else target  # beside the run, not in it
         named = named if named.name not in ("", "..") else named.resolve()
         folder = out or named.with_name(f"{named.name}-{to}")
@@ -362,9 +362,10 @@ def _verdict(found: dict[str, Any]) -> str:
 
 @contextmanager
 def _explained() -> Iterator[None]:
-    """Turn what went wrong into a sentence and an exit code."""
+    """Turn warnings into sentences, and what went wrong into one and an exit code."""
     try:
-        yield
+        with _warnings_said():
+            yield
     except KeyboardInterrupt:
         messages.print("Interrupted.")
         raise typer.Exit(INTERRUPTED) from None
