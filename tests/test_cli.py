@@ -18,6 +18,7 @@ import beyondlora.evaluate
 import beyondlora.train
 from beyondlora import __version__
 from beyondlora.cli import app
+from beyondlora.doctor.layers import LAYER_KINDS
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -203,6 +204,14 @@ def test_the_doctor_answers_for_machines_and_for_people(one_layer):
     assert shown.exit_code == 0
     assert "Cannot merge a CeRA adapter" in " ".join(shown.stdout.split())
     assert all(len(line) <= 80 for line in shown.stdout.splitlines())
+
+
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt:UserWarning")
+def test_the_doctors_8bit_layers_say_nothing(caplog):
+    pytest.importorskip("bitsandbytes")
+    kind = next(kind for kind in LAYER_KINDS if kind.name == "bnb 8-bit")
+    kind.build().eval()(kind.inputs())
+    assert caplog.messages == []
 
 
 def test_the_doctor_tries_a_recipe(recipe_file, tmp_path):
