@@ -465,6 +465,7 @@ BAD = [
     ({"adapter": {"peft_type": "XLORA"}}, "XLORA wants trained LoRA adapters to mix"),
     ({"adapter": {"peft_type": "LORRA"}}, r"'LORRA' is unknown, did you mean 'LORA'\?.*CERA"),
     ({"adapter": {"peft_type": "cera"}}, r"did you mean 'CERA'"),
+    ({"adapter": {"peft_type": "DoRA"}}, r"it is written peft_type: LORA with use_dora: true"),
     ({"adapter": {"peft_type": "LORA", "rank": 4}}, r"LORA has no key 'rank'.*rank_pattern"),
     ({"adapter": {"peft_type": "LORA", "lora_alfa": 4}}, r"did you mean 'lora_alpha'"),
     ({"adapter": {"peft_type": "LORA", "task_type": "SEQ_CLS"}}, r"leave task_type out"),

@@ -40,6 +40,13 @@ WANTS = {  # methods that no recipe can train, and what for
     "XLORA": "trained LoRA adapters to mix",
 }
 
+WRITTEN = {  # what people call methods that PEFT has under another name
+    "DORA": "peft_type: LORA with use_dora: true",
+    "RSLORA": "peft_type: LORA with use_rslora: true",
+    "PISSA": "peft_type: LORA with init_lora_weights: pissa",
+    "QLORA": "peft_type: LORA, and load_in_4bit: true outside the adapter block",
+}
+
 PEFT_TASKS = {
     "causal-lm": "CAUSAL_LM",
     "sequence-classification": "SEQ_CLS",
@@ -108,7 +115,8 @@ def keys_of(peft_type: str) -> list[str]:
     """The keys that a method's adapter block may have. Raises: ValueError for an unknown method."""
     known = [*peft_types(), FULL]
     if peft_type not in known:
-        near = _nearest(peft_type, known)
+        written = WRITTEN.get(peft_type.upper())
+        near = f": it is written {written}" if written else _nearest(peft_type, known)
         raise ValueError(f"adapter: peft_type {peft_type!r} is unknown{near}; the known ones are {', '.join(known)}.")
     return [field.name for field in dataclasses.fields(_config_classes()[peft_type]) if field.init]
 
