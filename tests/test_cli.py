@@ -223,6 +223,36 @@ def test_the_doctor_tries_a_recipe(recipe_file, tmp_path):
     assert call("doctor", recipe_file(adapter=small_runs.ADAPTERS["stella"] | {"r": 999})).exit_code == 2
 
 
+# Where the output goes -----------------------------------------------------------------------------------------------
+
+EVALUATED = """
+import sys
+from beyondlora import cli, evaluate
+scores = {"loss": {"value": 2.5, "stderr": 0.125, "n": 8}}
+found = {"adapter": "a", "data": "b" * 10**6, "seconds": 1, "metrics": scores}
+evaluate.evaluate = lambda *_, **__: found
+sys.argv = ["beyondlora", "evaluate", "somewhere", *sys.argv[1:]]
+cli.main()
+"""
+
+
+def test_output_that_nobody_reads_is_no_error():
+    child = subprocess.Popen(
+        [sys.executable, "-c", EVALUATED, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    child.stdout.close()
+    assert child.stderr.read() == ""
+    assert child.wait() == 1
+    child.stderr.close()
+
+
+def test_a_terminal_that_knows_no_plus_minus_gets_its_table():
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", EVALUATED], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "? 0.1250" in done.stdout
+
+
 # Ctrl-C and SIGTERM --------------------------------------------------------------------------------------------------
 
 

@@ -1,9 +1,11 @@
 """The command line. Whatever needs torch is imported inside a command, so that --help answers at once.
 
-Exit codes: 0 done; 1 stopped (the loss became nan), or a bug, which shows its traceback; 2 the input cannot work;
-130 Ctrl-C; 143 SIGTERM. BEYONDLORA_TRACEBACK=1 shows the traceback of an input error too.
+Exit codes: 0 done; 1 stopped (the loss became nan; nobody reads the output any more, as behind `| head`), or a bug,
+which shows its traceback; 2 the input cannot work; 130 Ctrl-C; 143 SIGTERM. BEYONDLORA_TRACEBACK=1 shows the traceback
+of an input error too.
 """
 
+import io
 import json
 import os
 import signal
@@ -42,6 +44,9 @@ Overrides = Annotated[
 
 def main() -> None:
     """Run the command line; never returns."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # where it knows no ±, a ? is better than no table
+            stream.reconfigure(errors="replace")
     # A launcher ends its processes one by one: none of them must wait for a step that others no longer take.
     if "RANK" not in os.environ and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, terminate)
@@ -374,6 +379,11 @@ def _explained() -> Iterator[None]:
         raise typer.Exit(TERMINATED) from None
     except FloatingPointError as error:
         messages.print(f"[red]Stopped:[/red] {escape(str(error))}", soft_wrap=True, highlight=False)
+        raise typer.Exit(1) from None
+    except BrokenPipeError:
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # or Python tries again at its end, and complains
         raise typer.Exit(1) from None
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("BEYONDLORA_TRACEBACK"):
