@@ -36,6 +36,21 @@ def test_tables_show_names_as_they_are(capsys, monkeypatch):
     assert capsys.readouterr().out.count(NAME) == 6
 
 
+@pytest.mark.parametrize("columns", [20, 50, 80])
+def test_a_narrow_terminal_gets_whole_figures_and_breaks_names_first(columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    show_figures("a run", {"perplexity": {"value": 5728676.5987, "stderr": 6101144.1616, "n": 1234}})
+    label, other = "a" * 100, "other"
+    means = {"tokens": 9, "layers": 1, "left_out": []} | dict.fromkeys(FIGURES, 0.5) | {"rank": 4}
+    pair = {"a": label, "b": other, "overlap": 0.25, "chance": 0.125, "input_overlap": 0.5, "input_chance": 0.75}
+    adapters = [{"label": name, "mean": means} for name in (label, other)]
+    show_analysis({"adapters": adapters, "data": "x", "seconds": 1, "subspaces": [pair]}, print)
+    shown = capsys.readouterr().out
+    assert "…" not in shown
+    assert all(word in shown for word in ("perplexity", "5728676.5987", "6101144.1616", "1,234", "50.0%", "0.75"))
+    assert columns < 80 or all(len(line) <= columns for line in shown.splitlines())
+
+
 class Bar(Progress):
     def __init__(self):
         self.shown, self.total = [], 0

@@ -25,7 +25,7 @@ from . import __version__, chatter  # noqa: F401  (which works by being imported
 from .interrupts import ASKED_TO_END, Terminated, terminate
 from .recipe import Recipe
 from .run_folder import RunFolder, finite
-from .tables import show_analysis, show_figures, show_gap
+from .tables import show, show_analysis, show_figures, show_gap
 
 if TYPE_CHECKING:
     from .progress import Progress
@@ -274,7 +274,7 @@ def demo(
         except ASKED_TO_END:
             _say(f"The demo can be continued: beyondlora demo --output {folder} --resume")
             raise
-        Console().print(run.table(rows))
+        show(run.table(rows))
         typer.echo(run.caption(rows))
         _say(f"Runs, curves.png and results.json: {folder}")
 
@@ -310,7 +310,7 @@ def compare(
         except ASKED_TO_END:
             _say("The comparison can be continued: the same command again.")
             raise
-        Console(markup=False, emoji=False).print(words.table(outcome))
+        show(words.table(outcome))
         for sentence in [*words.verdicts(outcome), *words.pair_verdicts(outcome), *outcome.notes]:
             typer.echo(f"- {sentence}")
         _say(f"report.html, report.md, results.jsonl and the runs: {loaded.output}")

@@ -5,10 +5,13 @@ from collections.abc import Callable
 from typing import Any
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 MAX_PAIRS = 15  # of subspaces, those of six adapters: more is no table that anybody reads
+NARROW, BOUNDLESS = 8, 100_000  # columns of a terminal: for a name, and more than there are
 COLUMNS = {
     "r": ("rank", "{:g}"),
     "effective\nrank": ("effective_rank", "{:.2f}"),
@@ -31,17 +34,15 @@ def show_analysis(result: dict[str, Any], say: Callable[[str], None]) -> None:
         if any(mean[column[0]] is not None for mean in means.values())
     }
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)  # eight columns of figures beside a name
-    console = _console()
-    figures = sum(max(5, *map(len, heading.split("\n"))) + 2 for heading in told)
-    table.add_column("adapter", overflow="fold", min_width=max(8, min(max(map(len, means)), console.width - figures)))
+    table.add_column("adapter", overflow="fold")
     for heading in told:
         table.add_column(heading, justify="right")
     for label, mean in means.items():
         table.add_row(label, *("" if mean[key] is None else form.format(mean[key]) for key, form in told.values()))
     first = next(iter(means.values()))
     measured = f"{first['tokens']:,} tokens of {result['data']}; means over {first['layers']} layers"
-    console.print(f"{measured}, {result['seconds']:.0f} s", highlight=False)
-    console.print(table)
+    _console().print(f"{measured}, {result['seconds']:.0f} s", highlight=False)
+    show(table)
     for label, mean in means.items():
         if mean["left_out"]:
             names = ", ".join(mean["left_out"][:3]) + (", ..." if len(mean["left_out"]) > 3 else "")
@@ -52,18 +53,19 @@ def show_analysis(result: dict[str, Any], say: Callable[[str], None]) -> None:
     if len(pairs) > MAX_PAIRS:
         say(f"How near the subspaces of {len(pairs)} pairs of adapters are is in the JSON (--json, or --out FOLDER).")
     elif pairs:
-        _show_subspaces(console, pairs)
+        _show_subspaces(pairs)
 
 
-def _show_subspaces(console: Console, pairs: list[dict[str, Any]]) -> None:
+def _show_subspaces(pairs: list[dict[str, Any]]) -> None:
     table = Table(title="Leading directions: overlap (mean cos² of the principal angles)", title_justify="left")
     keys = {"outputs": "overlap", "by chance": "chance", "inputs": "input_overlap", "by chance ": "input_chance"}
     for heading in ("adapters", *keys):
-        table.add_column(heading, justify="left" if heading == "adapters" else "right")
+        name = heading == "adapters"
+        table.add_column(heading.rstrip(), justify="left" if name else "right", overflow="fold" if name else "ellipsis")
     for pair in pairs:
         numbers = ("" if pair[key] is None else f"{pair[key]:.2f}" for key in keys.values())
         table.add_row(f"{pair['a']} and {pair['b']}", *numbers)
-    console.print(table)
+    show(table)
 
 
 def show_figures(title: str, metrics: dict[str, Any]) -> None:
@@ -75,10 +77,9 @@ def show_figures(title: str, metrics: dict[str, Any]) -> None:
         stderr = "" if score["stderr"] is None else f"± {score['stderr']:.4f}"
         value = f"{score['value']:,.0f}" if name == "tokens" else _figure(score)
         table.add_row(name, value, stderr, f"{score['n']:,}")
-    console = _console()
-    console.print(title, highlight=False)
+    _console().print(title, highlight=False)
     if metrics:
-        console.print(table)
+        show(table)
 
 
 def _figure(score: dict[str, Any]) -> str:
@@ -88,8 +89,7 @@ def _figure(score: dict[str, Any]) -> str:
 
 def show_gap(record: dict[str, Any], *, every_layer: bool) -> None:
     """How far an export is from the live adapter."""
-    console = _console()
-    console.print(f"{record['made_from']} as {record['form']} form, compared on {record['compared_on']}")
+    _console().print(f"{record['made_from']} as {record['form']} form, compared on {record['compared_on']}")
     table = Table("exported against live", "")
     if record["layers"]:
         shown = record["layers"] if every_layer else {}
@@ -102,7 +102,7 @@ def show_gap(record: dict[str, Any], *, every_layer: bool) -> None:
     table.add_row("share of the adapter's effect lost", f"{record['adapter_relative']:.2e}")
     if record["top1_agreement"] is not None:
         table.add_row("top-1 agreement", f"{record['top1_agreement']:.4%}")
-    console.print(table)
+    show(table)
     if "scores" in record:
         _show_scores(record["scores"])
 
@@ -113,7 +113,28 @@ def _show_scores(scores: dict[str, dict[str, Any]]) -> None:
     for name in scores["live"]:
         if name != "tokens":
             table.add_row(name, *(_figure(figures[name]) for figures in scores.values()))
-    _console().print(table)
+    show(table)
+
+
+def show(table: Table) -> None:
+    """Print a table whole: where the terminal is too narrow for its words, lines run on, and no figure is cut short.
+
+    Names, in columns whose overflow is "fold", are broken anywhere.
+    """
+    console, widths, least = _console(), list[int](), list[int]()
+    for column in table.columns:
+        texts = [str(text) for text in (column.header, *column.cells)]
+        widths.append(max(cell_len(line) for text in texts for line in text.split("\n")))
+        words = max((cell_len(word) for text in texts for word in text.split()), default=0)
+        least.append(min(NARROW, words) if column.overflow == "fold" else words)
+    everything = console.options.update(max_width=BOUNDLESS)
+    frame = Measurement.get(console, everything, table).maximum - sum(widths)
+    while sum(widths) > max(console.width - frame, sum(least)):  # from whichever column has the most to spare
+        widths[max(range(len(widths)), key=lambda at: widths[at] - least[at])] -= 1
+    console.width = max(console.width, sum(widths) + frame)
+    for column, width in zip(table.columns, widths, strict=True):
+        column.width = width
+    console.print(table)
 
 
 def _console() -> Console:

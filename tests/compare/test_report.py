@@ -1,7 +1,6 @@
 """The page and the pictures: whole, self-contained, and as a browser shows them."""
 
 import dataclasses
-import io
 import json
 import re
 import shutil
@@ -11,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 from beyondlora.compare import pictures, report
 from beyondlora.compare.arms import as_mapping, outcome_of
@@ -19,6 +17,7 @@ from beyondlora.compare.grid import Grid
 from beyondlora.compare.report import page
 from beyondlora.compare.words import caption, cells, markdown, pair_verdicts, table, verdicts
 from beyondlora.run_folder import RunFolder
+from beyondlora.tables import show
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium on the PATH to show the page")
@@ -281,13 +280,14 @@ def test_the_search_is_a_table_with_a_column_a_setting(outcome):
     assert lost.startswith("| <b>bold</b> & Co | – (1 of 2 diverged) | **")
 
 
-def test_the_terminal_shows_names_and_title_as_they_are_written():
+def test_the_terminal_shows_names_and_title_as_they_are_written(capsys, monkeypatch):
     found = graded({"base": MIDDLE, "best [/x] [v2]": EDGE})
     found = dataclasses.replace(found, title="Draft [v2] and [/x]")
-    console = Console(width=200, file=io.StringIO())
-    console.print(table(found))
-    assert "Draft [v2] and [/x]" in console.file.getvalue()
-    assert "best [/x] [v2]" in console.file.getvalue()
+    monkeypatch.setenv("COLUMNS", "200")
+    show(table(found))
+    shown = capsys.readouterr().out
+    assert "Draft [v2] and [/x]" in shown
+    assert "best [/x] [v2]" in shown
 
 
 def test_many_cards_without_a_difference_are_folded_away(monkeypatch):

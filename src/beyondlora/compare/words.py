@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
-from rich.markup import escape
 from rich.table import Table
 
 from .arms import Arm, Outcome, Setting
@@ -106,16 +105,17 @@ def cells(outcome: Outcome, arm: Arm) -> list[str]:
 
 
 def table(outcome: Outcome) -> Table:
-    """For a terminal; what does not fit into 80 columns is in the Markdown and on the page."""
+    """For a terminal without markup; what does not fit into 80 columns is in the Markdown and on the page."""
     shown = [0, 1, 2, 3, 4, 6, 7]
-    grid = Table(title=escape(outcome.title), title_justify="left")
+    grid = Table(title=outcome.title, title_justify="left")
     names = headings(outcome)
     names[2], names[6] = "LR", f"{outcome.confidence:.0%} of the difference"
     for column in shown:
-        grid.add_column(escape(names[column]), justify="left" if column in (0, 7) else "right")
+        side = "left" if column in (0, 7) else "right"
+        grid.add_column(names[column], justify=side, overflow="fold" if column == 0 else "ellipsis")
     for arm in outcome.arms:
         row = cells(outcome, arm)
-        grid.add_row(*[escape(row[column]) for column in shown])
+        grid.add_row(*[row[column] for column in shown])
     return grid
 
 
