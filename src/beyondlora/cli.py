@@ -310,6 +310,9 @@ def compare(
         except ASKED_TO_END:
             _say("The comparison can be continued: the same command again.")
             raise
+        except comparison.NoVerdictError as error:
+            show(words.table(error.outcome))
+            raise
         show(words.table(outcome))
         for sentence in [*words.verdicts(outcome), *words.pair_verdicts(outcome), *outcome.notes]:
             typer.echo(f"- {sentence}")

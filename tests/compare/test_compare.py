@@ -4,6 +4,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,8 +15,10 @@ from pathlib import Path
 
 import pytest
 import small_runs
+from typer.testing import CliRunner
 
 from beyondlora import interrupts
+from beyondlora.cli import app
 from beyondlora.compare import compare, runs
 from beyondlora.compare import published as published_format
 from beyondlora.compare.grid import Grid
@@ -506,11 +509,17 @@ def test_a_method_that_begins_with_the_weights_themselves_is_let_in(house, tmp_p
 
 
 def test_a_comparison_whose_baseline_failed_is_written_and_is_an_error(house, tmp_path):
-    planned = grid(house, tmp_path / "out", learning_rate=[1e-2], seed=[0], baseline="CeRA")
+    few = {"learning_rate": [1e-2], "seed": [0], "baseline": "CeRA"}
+    planned = grid(house, tmp_path / "out", **few)
     occupy(planned, "CeRA")
     with pytest.raises(ValueError, match=r"baseline CeRA has no result \(1 of .* cera-lr0.01-seed0: FileExistsError"):
         compare(planned, jobs=2)
     assert "no result" in (tmp_path / "out" / "report.md").read_text()
+    (tmp_path / "grid.yaml").write_text(json.dumps(mapping(house, tmp_path / "out", **few)))
+    done = CliRunner(env={"COLUMNS": "80"}).invoke(app, ["compare", str(tmp_path / "grid.yaml")])
+    assert done.exit_code == 2
+    assert "The baseline CeRA has no result" in done.stderr
+    assert re.search(r"LoRA .* 0\.01", done.stdout)  # what there is
 
 
 def test_an_absurd_grid_is_counted_and_refused_without_yes(house, tmp_path):

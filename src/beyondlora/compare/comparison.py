@@ -48,6 +48,14 @@ from .words import markdown
 MAX_RUNS, MAX_HOURS = 60, 1.0  # beyond one of them, only with `yes`
 
 
+class NoVerdictError(ValueError):
+    """A comparison whose baseline has no result; `outcome` has what there is."""
+
+    def __init__(self, message: str, outcome: Outcome) -> None:
+        super().__init__(message)
+        self.outcome = outcome
+
+
 def compare(
     grid: Grid,
     *,
@@ -70,7 +78,8 @@ def compare(
         yes: more than MAX_RUNS runs or MAX_HOURS hours are meant.
 
     Raises:
-        ValueError, FileNotFoundError: bad input; or, once the report is written, a baseline without a result.
+        ValueError, FileNotFoundError: bad input.
+        NoVerdictError: a baseline without a result, once the report is written.
         BlockingIOError: another comparison is at work in that folder.
     """
     progress = progress or Progress()
@@ -285,15 +294,16 @@ def _write(outcome: Outcome, grid: Grid, command: Sequence[str], progress: Progr
 
 
 def _check_baseline(outcome: Outcome, grid: Grid, lines: Sequence[Line]) -> None:
-    """Say as an error that nothing was compared. Raises: ValueError."""
+    """Say as an error that nothing was compared. Raises: NoVerdictError."""
     if outcome.baseline is not None:
         return
     bad = [line for line in lines if line["status"] != FINISHED and grid.baseline in (line["arm"], line["method"])]
     why = f"{len(bad)} of its runs did not finish; {bad[0]['run']}: {bad[0]['error']}" if bad else "no figure is finite"
     again = " The same command tries runs that failed again." if any(line["status"] == FAILED for line in bad) else ""
-    raise ValueError(
+    raise NoVerdictError(
         f"The baseline {grid.baseline} has no result ({why}), so there is no verdict. {grid.output / 'report.html'} "
-        f"has what there is.{again}"
+        f"has what there is.{again}",
+        outcome,
     )
 
 

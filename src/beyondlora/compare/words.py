@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 from rich.table import Table
@@ -111,8 +112,8 @@ def table(outcome: Outcome) -> Table:
     names = headings(outcome)
     names[2], names[6] = "LR", f"{outcome.confidence:.0%} of the difference"
     for column in shown:
-        side = "left" if column in (0, 7) else "right"
-        grid.add_column(names[column], justify=side, overflow="fold" if column == 0 else "ellipsis")
+        overflow: Literal["fold", "ellipsis"] = "fold" if column == 0 else "ellipsis"
+        grid.add_column(names[column], justify="left" if column in (0, 7) else "right", overflow=overflow)
     for arm in outcome.arms:
         row = cells(outcome, arm)
         grid.add_row(*[row[column] for column in shown])
