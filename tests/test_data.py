@@ -541,6 +541,17 @@ def test_a_token_never_straddles_prompt_and_completion(minilm, write):
 
 
 @needs_shared
+def test_empty_completions_are_counted(stories, write):
+    rows = [{"question": "Once", "answer": answer} for answer in ("", "upon", "", "")]
+    ours = pairs(dataset_name=write("a.jsonl", rows), eval_fraction=0.0)
+    splits = data.prepare(data.read_splits(ours), stories, ours)
+    assert "4 rows, " in splits.description
+    assert "3 rows with an empty completion" in splits.description
+    full = pairs(dataset_name=write("b.jsonl", rows[1:2]), eval_fraction=0.0)
+    assert "empty" not in data.prepare(data.read_splits(full), stories, full).description
+
+
+@needs_shared
 def test_rows_without_a_scored_token_left_are_dropped_and_counted(stories, write):
     long = "Once upon a time. " * 20
     path = write(

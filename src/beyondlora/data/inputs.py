@@ -15,6 +15,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
 
@@ -207,7 +208,10 @@ def _prepare_pairs(rows: datasets.Dataset, tokenizer: Any, recipe: DataRecipe, l
         for batch in _batches(rows)
         for prompt, completion in zip(batch[prompt_field], batch[completion_field], strict=True)
     )
-    return _prepare_stretches(written, tokenizer, length, where, head=head, end=end)
+    part = _prepare_stretches(written, tokenizer, length, where, head=head, end=end)
+    empty = pc.sum(pc.equal(arrow_column(rows, completion_field), "")).as_py() if end else 0
+    told = f", {empty:,} rows with an empty completion: all that they teach is to end" if empty else ""
+    return dataclasses.replace(part, description=part.description + told)
 
 
 def _prepare_conversations(rows: datasets.Dataset, tokenizer: Any, name: str, length: int, where: str) -> _Part:
