@@ -412,7 +412,9 @@ def test_classes_that_training_never_showed_are_listed(write):
         data.read_splits(classification(dataset_name=train, eval_dataset_name=test))
 
 
-@pytest.mark.parametrize(("labels", "row"), [([1, "x"], None), (["1.5", "x"], 2), (["0", "nan"], 2), (["inf", "1"], 1)])
+@pytest.mark.parametrize(
+    ("labels", "row"), [([1, "x"], None), (["1.5", "x"], 2), (["0", "nan"], 2), (["inf", "1"], 1), ([1.0, -1e20], 2)]
+)
 def test_numbers_to_predict_are_finite(write, labels, row):
     path = write("a.jsonl", [{"sentence": "s", "label": label} for label in labels])
     ours = recipe("sequence-regression", sentence1_field="sentence", dataset_name=path, eval_fraction=0.0)

@@ -6,10 +6,13 @@ import math
 from collections.abc import Sequence
 
 import datasets
+import numpy as np
 import pyarrow as pa
 
 from .fields import DataRecipe
 from .rows import arrow_column
+
+LARGEST = math.sqrt(np.finfo(np.float32).max)  # 1.8e19
 
 
 def class_names(rows: datasets.Dataset, recipe: DataRecipe) -> list[str]:
@@ -74,6 +77,8 @@ def _numbers(rows: datasets.Dataset, name: str, where: str) -> list[float]:
             numbers.append(float(value))
         except (TypeError, ValueError):
             numbers.append(math.nan)
-        if not math.isfinite(numbers[-1]):
-            raise ValueError(f"{where}, row {row}: {name}={value!r} is no finite number")
+        if not abs(numbers[-1]) <= LARGEST:
+            raise ValueError(
+                f"{where}, row {row}: {name}={value!r} is no finite number, or its square, a loss, is none"
+            )
     return numbers
