@@ -1,9 +1,11 @@
-"""What a run writes down of where it was made."""
+"""What a run writes down of where it was made, and folders that are whole or not there."""
 
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from beyondlora import run_folder
 
@@ -29,3 +31,23 @@ def test_the_commit_is_the_packages_and_not_that_of_a_repository_it_is_installed
     git("add", "--force", "venv/run_folder.py")
     git("commit", "--quiet", "-m", "the package's own")
     assert commit() == git("rev-parse", "HEAD").strip()
+
+
+def test_of_two_that_write_one_folder_the_second_is_refused_and_the_first_is_whole(tmp_path):
+    folder = tmp_path / "export"
+    with run_folder.replacing(folder) as partial:
+        (partial / "weights").write_text("of the first")
+        with pytest.raises(BlockingIOError, match="export: another process is writing"), run_folder.replacing(folder):
+            raise AssertionError("the second began")
+        (partial / "record").write_text("of the first")
+    assert sorted(path.name for path in folder.iterdir()) == ["record", "weights"]
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_what_a_kill_left_of_a_folder_goes_away_with_the_next(tmp_path):
+    left = tmp_path / ".export.beyondlora.partial" / "export"
+    left.mkdir(parents=True)
+    (left / "half").touch()
+    with run_folder.replacing(tmp_path / "export") as partial:
+        assert list(partial.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]

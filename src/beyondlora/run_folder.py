@@ -243,26 +243,34 @@ def saying_disk(path: Path) -> Iterator[None]:
 def replacing(folder: Path) -> Iterator[Path]:
     """Yield a new folder to fill; it takes the name `folder` once the block ends without an error.
 
-    Of a link it is the folder behind it that is replaced.
+    Of a link it is the folder behind it that is replaced. Raises: BlockingIOError: another process is at it.
 
     >>> with replacing(run.adapter) as partial:
     ...     model.save_pretrained(partial)
     """
     folder = folder.resolve()
     work = _partial(folder)
-    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True, exist_ok=True)
     partial, old = work / folder.name, work / f"{folder.name}.old"
-    partial.mkdir(parents=True)
     try:
-        with saying_disk(folder):
-            yield partial
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(partial, folder)
-    shutil.rmtree(work, ignore_errors=True)
+        with FileLock(work / LOCK, timeout=0):
+            for left in (partial, old):  # by a kill
+                shutil.rmtree(left, ignore_errors=True)
+            partial.mkdir()
+            try:
+                with saying_disk(folder):
+                    yield partial
+            except BaseException:
+                shutil.rmtree(work, ignore_errors=True)
+                raise
+            if folder.exists():
+                os.replace(folder, old)
+            os.replace(partial, folder)
+            shutil.rmtree(work, ignore_errors=True)
+    except Timeout:
+        raise BlockingIOError(
+            f"{folder}: another process is writing this folder. Wait for it, or name another folder."
+        ) from None
 
 
 def endings(paths: Sequence[Path]) -> list[str]:
