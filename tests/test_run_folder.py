@@ -51,3 +51,11 @@ def test_what_a_kill_left_of_a_folder_goes_away_with_the_next(tmp_path):
     with run_folder.replacing(tmp_path / "export") as partial:
         assert list(partial.iterdir()) == []
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
+def test_a_link_to_nowhere_is_said_before_the_work(tmp_path):
+    (tmp_path / "run").symlink_to("nowhere")
+    with pytest.raises(FileExistsError, match="run' is a link to nowhere, which does not exist"):
+        run_folder.RunFolder(tmp_path / "run").claim(resume=False, overwrite=False)
+    (tmp_path / "nowhere").mkdir()
+    run_folder.RunFolder(tmp_path / "run").claim(resume=False, overwrite=False)

@@ -87,6 +87,11 @@ class RunFolder:
             raise ValueError("--resume continues the run that is there, --overwrite deletes it: give one of them.")
         if self.path.exists() and not self.path.is_dir():
             raise FileExistsError(f"output_dir {str(self.path)!r} is a file; name a folder.")
+        if self.path.is_symlink() and not self.path.exists():
+            raise FileExistsError(
+                f"output_dir {str(self.path)!r} is a link to {os.readlink(self.path)}, which does not exist; make that "
+                "folder, or name another."
+            )
         check_writable(self.recipe)
         strangers = self._strangers()
         if strangers and (overwrite or not self.recipe.exists()):
