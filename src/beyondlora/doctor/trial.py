@@ -1,5 +1,6 @@
 """Will this recipe run? Everything a training does, on all of its data, for three steps, in a folder that goes away."""
 
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,14 @@ def try_recipe(recipe: Recipe, progress: Progress | None = None) -> dict[str, An
             save_steps=STEPS,
             report_to=None,
         )
-        summary = train(short, progress=progress)
+        try:
+            summary = train(short, progress=progress)
+        except FloatingPointError as error:  # which says where the weights are, and that folder goes away
+            stop = RunFolder(short.output_dir).rows()[-1]
+            raise FloatingPointError(
+                f"In step {stop['step']} of {STEPS}, without warm-up, {stop['stopped']}. Try a lower learning_rate "
+                f"(it is {recipe.learning_rate:g}) or a smaller max_grad_norm; where it is to warm up, begin the run."
+            ) from error
         steps = [row for row in RunFolder(short.output_dir).rows() if "loss" in row]
     per_step = steps[1]["seconds"] - steps[0]["seconds"]  # neither the first, which warms up, nor the last, which saves
     total = _steps(recipe, rows)
@@ -77,4 +85,4 @@ def _steps(recipe: Recipe, rows: int) -> int:
     if recipe.max_steps > 0:
         return recipe.max_steps
     batch = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps
-    return int(-(-rows // batch) * recipe.num_train_epochs)
+    return math.ceil(math.ceil(rows / batch) * recipe.num_train_epochs)
