@@ -228,7 +228,14 @@ def test_a_long_conversation_is_cut_and_one_without_an_answer_dropped(made):
     assert len(splits.train) == 1
     assert len(splits.train[0]["input_ids"]) == 90
     assert "1 rows cut" in splits.description
-    assert "1 rows dropped" in splits.description
+    assert "1 rows dropped: no answer in them" in splits.description
+
+
+def test_conversations_without_any_answer_are_refused_by_what_they_lack(made):
+    with pytest.raises(
+        ValueError, match=r"training rows: none of the 2 conversations has an answer, .* of the assistant"
+    ):
+        prepared(made([TALKS[0][:1], TALKS[1][:1]]))
 
 
 def test_tools_keep_what_the_template_may_want(made):

@@ -202,6 +202,12 @@ def test_a_constant_prediction_has_no_correlation_and_raises_nothing():
     assert scores["pearson"].stderr is None
 
 
+def test_two_rows_say_nothing_of_a_correlations_error():
+    rows = [{"logits": [0.5], "labels": 1.5}, {"logits": [0.7], "labels": 1.0}]
+    scores = measure(Fixed(), rows, stack, task="sequence-regression")
+    assert (scores["pearson"].value, scores["pearson"].stderr) == (pytest.approx(-1), None)
+
+
 def test_one_row_has_no_correlation_and_raises_nothing():
     scores = measure(Fixed(), [{"logits": [0.5], "labels": 1.5}], stack, task="sequence-regression")
     assert scores["loss"].value == pytest.approx(1)

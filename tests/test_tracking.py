@@ -89,6 +89,7 @@ def test_a_name_will_do_for_a_list_and_none_for_nothing(recipe):
     assert recipe(report_to="wandb").report_to == ["wandb"]
     assert recipe(report_to=["wandb", "mlflow"]).report_to == ["wandb", "mlflow"]
     assert recipe(report_to="none").report_to is None
+    assert recipe(report_to=["none"]).report_to is None
     with pytest.raises(ValueError, match="report_to=3"):
         recipe(report_to=3)
 

@@ -290,7 +290,8 @@ def _bootstrapped(statistic: Callable[..., float], true: np.ndarray, predicted: 
             rng=np.random.default_rng(0),
         )
         stderr = float(np.nanstd(resampled.bootstrap_distribution, ddof=1))
-    return Measurement(value, stderr if math.isfinite(stderr) else None, len(true))
+    known = math.isfinite(stderr) and len(true) > 2  # of two rows every correlation is 1 or -1
+    return Measurement(value, stderr if known else None, len(true))
 
 
 def as_dict(scores: Measurements) -> dict[str, dict[str, Any]]:

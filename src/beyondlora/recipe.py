@@ -174,7 +174,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if isinstance(self.report_to, str):  # transformers takes one name, too
-            self.report_to = None if self.report_to == "none" else [self.report_to]
+            self.report_to = [self.report_to]
+        if self.report_to == ["none"]:
+            self.report_to = None
         for name, annotation in _annotations().items():
             setattr(self, name, _coerce(name, getattr(self, name), annotation))
         _check_values(self)

@@ -3,7 +3,7 @@
 import pytest
 import small_models
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
@@ -56,3 +56,19 @@ def test_a_merged_model_that_does_not_equal_the_adapter_never_gets_its_name(tmp_
     with pytest.raises(ValueError, match="The merged model differs from the adapter it should equal: the logits"):
         write(tied("stella", ["q_proj"]), tmp_path / "merged", reload=another)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_changes_no_weight_is_not_merged(tmp_path):
+    model = get_peft_model(small_models.llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with pytest.raises(ValueError, match=r"type PROMPT_TUNING: .* nothing to merge\. Serve it with PEFT"):
+        write(model, tmp_path / "merged")
+
+
+def test_what_cannot_be_copied_is_not_merged(tmp_path):
+    config = small_models.llama().config
+    config.tie_word_embeddings = True
+    model = get_peft_model(
+        LlamaForCausalLM(config), LoraConfig(r=2, target_modules=["embed_tokens"], ensure_weight_tying=True)
+    )
+    with pytest.raises(ValueError, match=r"cannot be copied .* model\.merge_and_unload"):
+        write(model, tmp_path / "merged")

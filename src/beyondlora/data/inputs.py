@@ -245,7 +245,7 @@ def _prepare_stretches(
 ) -> _Part:
     """Rows of which some stretches are scored; `head` and `end` are put around each."""
     ids, labels = _Lists(), _Lists()
-    cut = dropped = 0
+    cut = dropped = silent = 0
     rows = iter(written)
     while batch := list(itertools.islice(rows, _BATCH)):
         texts = [[text for text, _ in row] for row in batch]
@@ -258,13 +258,20 @@ def _prepare_stretches(
             marks += end
             marks[:1] = [NOT_SCORED] * len(marks[:1])  # nothing predicts a first token
             if all(mark == NOT_SCORED for mark in marks[:length]):
-                dropped += 1
+                silent += not row
+                dropped += bool(row)
                 continue
             cut += len(tokens) > length
             ids.append(tokens[:length])
             labels.append(marks[:length])
     note = f", {cut:,} rows cut at {length} tokens" if cut else ""
     note += f", {dropped:,} rows dropped: no token to predict within {length} tokens" if dropped else ""
+    if silent and not dropped and not len(ids.values):
+        raise ValueError(
+            f"{where}: none of the {silent:,} conversations has an answer, which is what the loss counts: a message of "
+            "the assistant that is not the first"
+        )
+    note += f", {silent:,} rows dropped: no answer in them" if silent else ""
     return _causal_part(ids, labels, "rows", where, note)
 
 

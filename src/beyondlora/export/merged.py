@@ -16,7 +16,7 @@ from ..attach import quiet
 from ..manifold.guard import check_manifold
 from ..run_folder import replacing
 from ..tuner.layer import AdapterLayer
-from .folder import check_free, write_record
+from .folder import as_text, check_free, write_record
 from .gap import compare
 from .lora import check_rounding, record_of
 from .rows import Batch
@@ -66,7 +66,18 @@ def export_merged(
 
 
 def _merged(model: PeftModel) -> Any:
-    copied = copy.deepcopy(model)
+    config = model.peft_config[model.active_adapter]
+    if config.is_prompt_learning:
+        raise ValueError(
+            f"This adapter is of PEFT's type {as_text(config.peft_type)}: it puts vectors before the text and changes "
+            "no weight, so there is nothing to merge. Serve it with PEFT."
+        )
+    try:
+        copied = copy.deepcopy(model)
+    except RuntimeError as error:  # PEFT ties factors of its own by tensors that cannot be copied
+        raise ValueError(
+            f"The adapter's weights cannot be copied ({error}). Merge the model itself: model.merge_and_unload()."
+        ) from error
     _untie(copied)
     try:
         return copied.merge_and_unload()
