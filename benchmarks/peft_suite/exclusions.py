@@ -40,7 +40,12 @@ SUMS = Exclusion(
     r"weighted_combination",
     "ask for LoRA's approximations (svd, ties, ...); `add_weighted_adapter` here is exact, or refuses",
 )
-EVERYWHERE = [ATTENTION, GROUPS, HOTSWAP, MIXED, SUMS]
+PARAMETERS = Exclusion(
+    "`target_parameters` of modules that are no experts",
+    r"nn\.Parameter|target_param",
+    "there is no saying where such a parameter meets its input, which a nonlinear core needs; refused",
+)
+EVERYWHERE = [ATTENTION, GROUPS, HOTSWAP, MIXED, SUMS, PARAMETERS]
 
 ONLY_EMBEDDING = r"Embedding . transformers Conv1D 2 "  # the one row whose adapter stands beside an embedding alone
 REFUSES_TO_MERGE = Exclusion(
@@ -71,7 +76,7 @@ FLOAT32 = Exclusion(
 )
 ONE_ROW = Exclusion(
     "`only_params_are_updated` on layers with one output",
-    r"only_params_are_updated\[(Embedding|Conv1d)",
+    r"only_params_are_updated\[(Embedding . transformers Conv1D [13]|Conv1d)",
     "a factor with one row of rank 1 is ±1 and has nowhere to go",
 )
 NOT_A_NOOP = Exclusion(
