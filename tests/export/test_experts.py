@@ -12,6 +12,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from small_models import gpt_oss, mixtral
 from torch import nn
+from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 
 import beyondlora
 from beyondlora.export.distil import distil
@@ -151,6 +152,19 @@ def test_padding_is_not_distilled():
     one, other = (distil(model, adapted_layers(model), batches) for batches in (padded, alone))
     for path, (B, A) in one.items():
         torch.testing.assert_close(B @ A, other[path][0] @ other[path][1], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("parameters", [[DOWN], []], ids=["beside experts", "alone"])
+def test_layers_that_peft_takes_for_experts_by_their_names_are_refused(parameters, tmp_path):
+    sizes = {**small_models.MIXTURE, "moe_intermediate_size": 12, "n_routed_experts": 4, "first_k_dense_replace": 1}
+    heads = {"kv_lora_rank": 8, "q_lora_rank": None, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+    base = DeepseekV2ForCausalLM(DeepseekV2Config(**sizes, **heads, n_group=1, topk_group=1, n_shared_experts=1))
+    model = stella(base.eval(), parameters, target_modules=["down_proj"])
+    with pytest.raises(
+        ValueError, match=r"PEFT loads another LoRA .* takes .* down_proj for the experts .*--to merged"
+    ):
+        exported(model, tmp_path / "lora")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_vllm_is_told_the_form(tmp_path):

@@ -18,6 +18,12 @@ from ..tuner.layer import AdapterLayer
 from . import experts
 from .rows import Batch, inference, rows_of, run, watching
 
+OTHERWISE = (
+    "PEFT loads another LoRA than was written. In target_modules of some mixtures it takes gate_proj, up_proj and "
+    "down_proj for the experts that transformers 4 called so, and leaves the layers of these names out. Train without "
+    "these layers, or export the model merged (--to merged)."
+)
+
 Adapted = dict[str, tuple[AdapterLayer, Adapter]]
 """Layer path in the base model → (the layer with its adapters, the adapter that is exported)."""
 
@@ -125,6 +131,8 @@ def _loaded(exported: nn.Module, path: str, live: AdapterLayer) -> tuple[Tensor,
     if isinstance(live.get_base_layer(), ExpertLinear):
         return experts.loaded(base, path)
     layer: Any = base.get_submodule(path)
+    if not hasattr(layer, "lora_B"):
+        raise ValueError(f"{path} got none: {OTHERWISE}")
     return layer.lora_B["default"].weight, layer.lora_A["default"].weight, layer.scaling["default"]
 
 

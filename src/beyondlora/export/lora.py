@@ -24,7 +24,7 @@ from ..tuner.layer import AdapterLayer
 from ..tuner.packing import take_out_8bit
 from .distil import distil
 from .folder import PREFIX, Factors, as_text, check_free, serving_command, vllm_rank, write_lora, write_record
-from .gap import Adapted, Gap, compare
+from .gap import OTHERWISE, Adapted, Gap, compare
 from .rows import Batch, inference, prompts_for
 
 
@@ -254,7 +254,10 @@ def plain_base(model: PeftModel) -> Iterator[nn.Module]:
 
 
 def _load_with_peft(folder: Path, base: nn.Module) -> PeftModel:
-    """Load as any user of PEFT would; a tensor that is missing or left over is an error."""
+    """Load as any user of PEFT would. Raises: ValueError where that loads something else than was written."""
     with quiet(), warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*(missing|unexpected).*keys")
-        return PeftModel.from_pretrained(base, str(folder))
+        try:
+            return PeftModel.from_pretrained(base, str(folder))
+        except UserWarning as warning:
+            raise ValueError(f"{str(warning).rstrip('.')}: {OTHERWISE}") from warning
