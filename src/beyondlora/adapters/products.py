@@ -42,7 +42,7 @@ def narrow(x_TN: Tensor, A_RN: Tensor, mask: Tensor | None = None) -> Tensor:
 
 def weight_gradient(g_TR: Tensor, x_TN: Tensor, mask: Tensor | None = None) -> Tensor:
     """gᵀ (x ∘ mask) in g's dtype, (R, N)."""
-    if written_out(g_TR, x_TN) or (mask is None and g_TR.dtype == x_TN.dtype):
+    if (mask is None and g_TR.dtype == x_TN.dtype) or written_out(g_TR, x_TN):
         return flat(g_TR).mT @ flat(masked(x_TN, mask)).to(g_TR.dtype)
     sum_RN = g_TR.new_zeros(g_TR.shape[-1], x_TN.shape[-1])
     for rows, block in masked_blocks(x_TN, mask, g_TR.dtype):
