@@ -522,6 +522,13 @@ def test_torchs_own_transformer_evaluates_its_adapters_or_refuses_them(method, b
     assert not torch.allclose(model(x), disabled, atol=1e-3)
 
 
+def test_a_transformer_layer_with_an_attention_of_its_own_has_no_fast_path():
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+    layer.self_attn = nn.Linear(16, 16)
+    model = get_peft_model(nn.Sequential(layer), CeraConfig(target_modules=["linear1", "self_attn"]))
+    assert sorted(layers(model.get_base_model())) == ["0.linear1", "0.self_attn"]
+
+
 @every_method
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
 @pytest.mark.parametrize("shape", [(4,), (2, 3)], ids=["rows", "sequences"])

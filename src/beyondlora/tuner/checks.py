@@ -63,6 +63,8 @@ def _has_fast_path(parent: nn.Module) -> bool:
     if not isinstance(parent, nn.TransformerEncoderLayer) or not torch.backends.mha.get_fastpath_enabled():
         return False
     attention, is_usual = parent.self_attn, bool(parent.activation_relu_or_gelu)
+    if not isinstance(attention, nn.MultiheadAttention):
+        return False
     return is_usual and attention.batch_first and attention.in_proj_bias is not None and attention.num_heads % 2 == 0
 
 
