@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import Timeout
 
 from beyondlora import run_folder
 
@@ -42,6 +43,15 @@ def test_of_two_that_write_one_folder_the_second_is_refused_and_the_first_is_who
         (partial / "record").write_text("of the first")
     assert sorted(path.name for path in folder.iterdir()) == ["record", "weights"]
     assert list(tmp_path.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize("held", [run_folder.replacing, lambda folder: run_folder.alone_in(folder, "run")])
+def test_a_lock_that_the_work_itself_does_not_get_is_not_the_folders(held, tmp_path):
+    """As that of a cache, of torch's compiler or of the hub."""
+    with pytest.raises(Timeout), held(tmp_path / "folder"):
+        raise Timeout("cache.lock")
+    with held(tmp_path / "folder"):
+        pass
 
 
 def test_what_a_kill_left_of_a_folder_goes_away_with_the_next(tmp_path):

@@ -255,27 +255,31 @@ def replacing(folder: Path) -> Iterator[Path]:
     """
     folder = folder.resolve()
     work = _partial(folder)
-    work.mkdir(parents=True, exist_ok=True)
     partial, old = work / folder.name, work / f"{folder.name}.old"
-    try:
-        with FileLock(work / LOCK, timeout=0):
-            for left in (partial, old):  # by a kill
-                shutil.rmtree(left, ignore_errors=True)
-            partial.mkdir()
-            try:
-                with saying_disk(folder):
-                    yield partial
-            except BaseException:
-                shutil.rmtree(work, ignore_errors=True)
-                raise
-            if folder.exists():
-                os.replace(folder, old)
-            os.replace(partial, folder)
+    busy = f"{folder}: another process is writing this folder. Wait for it, or name another folder."
+    with _lock(work, busy):
+        for left in (partial, old):  # by a kill
+            shutil.rmtree(left, ignore_errors=True)
+        partial.mkdir()
+        try:
+            with saying_disk(folder):
+                yield partial
+        except BaseException:
             shutil.rmtree(work, ignore_errors=True)
-    except Timeout:
-        raise BlockingIOError(
-            f"{folder}: another process is writing this folder. Wait for it, or name another folder."
-        ) from None
+            raise
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(partial, folder)
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _lock(folder: Path, busy: str) -> contextlib.AbstractContextManager[Any]:
+    """Make and lock a folder, until the block ends. Raises: BlockingIOError(busy), where it is another's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        return FileLock(folder / LOCK).acquire(timeout=0)
+    except (Timeout, FileNotFoundError):  # the other one has just deleted it
+        raise BlockingIOError(busy) from None
 
 
 def endings(paths: Sequence[Path]) -> list[str]:
@@ -300,19 +304,16 @@ def alone_in(folder: Path, work: str) -> Iterator[None]:
 
     Raises: BlockingIOError: another process holds it, or this one.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder / LOCK, timeout=0):
-            try:
-                yield
-            finally:
-                with contextlib.suppress(OSError):  # Windows does not delete what is open
-                    (folder / LOCK).unlink()
-    except Timeout:
-        raise BlockingIOError(
-            f"{folder}: another {work} is at work in this folder. Wait for it or stop it (a job in the background may "
-            "not hear Ctrl-C), or choose another output_dir."
-        ) from None
+    busy = (
+        f"{folder}: another {work} is at work in this folder. Wait for it or stop it (a job in the background may not "
+        "hear Ctrl-C), or choose another output_dir."
+    )
+    with _lock(folder, busy):
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # Windows does not delete what is open
+                (folder / LOCK).unlink()
 
 
 def refuse_if_busy(folder: Path, work: str) -> None:
