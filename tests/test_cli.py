@@ -246,6 +246,15 @@ def test_output_that_nobody_reads_is_no_error():
     child.stderr.close()
 
 
+def test_a_pipe_that_breaks_elsewhere_is_an_error(recipe_file, monkeypatch):
+    def broken(*_arguments, **_options):
+        raise BrokenPipeError(32, "Broken pipe")  # as a tracker's, whose process has died
+
+    monkeypatch.setattr("beyondlora.train.train", broken)
+    done = call("train", recipe_file())
+    assert (done.exit_code, done.stderr) == (2, "Error: [Errno 32] Broken pipe\n")
+
+
 def test_a_terminal_that_knows_no_plus_minus_gets_its_table():
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, "-c", EVALUATED], capture_output=True, text=True, env=environment)

@@ -220,7 +220,7 @@ def export(
             return
         show_gap(record, every_layer=report)
         _say(f"Written: {folder}. To serve it:")
-        typer.echo(record["serve"])
+        _print(record["serve"])
 
 
 @app.command("import")
@@ -246,7 +246,7 @@ def import_(
         from .foreign import import_adapter
 
         found = import_adapter(source, out, base_model=base_model, settings=settings)
-        typer.echo(
+        _print(
             f"{found['peft_type']}, r={found['r']}, {found['layers']} layers ({', '.join(found['target_modules'])}) of "
             f"{found['base_model']}"
         )
@@ -275,7 +275,7 @@ def demo(
             _say(f"The demo can be continued: beyondlora demo --output {folder} --resume")
             raise
         show(run.table(rows))
-        typer.echo(run.caption(rows))
+        _print(run.caption(rows))
         _say(f"Runs, curves.png and results.json: {folder}")
 
 
@@ -315,7 +315,7 @@ def compare(
             raise
         show(words.table(outcome))
         for sentence in [*words.verdicts(outcome), *words.pair_verdicts(outcome), *outcome.notes]:
-            typer.echo(f"- {sentence}")
+            _print(f"- {sentence}")
         _say(f"report.html, report.md, results.jsonl and the runs: {loaded.output}")
 
 
@@ -343,7 +343,7 @@ def doctor(
             if as_json:
                 _print_json(found)
             else:
-                typer.echo(_verdict(found))
+                _print(_verdict(found))
             return
         with _bar(progress, "probing") as on_row:
             matrix = examination.probe_methods(on_row)
@@ -351,7 +351,7 @@ def doctor(
         if as_json:
             _print_json(examination.as_json(*findings))
         elif as_markdown:
-            typer.echo(examination.as_markdown(*findings))
+            _print(examination.as_markdown(*findings))
         else:
             from rich.markdown import Markdown
 
@@ -382,11 +382,6 @@ def _explained() -> Iterator[None]:
         raise typer.Exit(TERMINATED) from None
     except FloatingPointError as error:
         messages.print(f"[red]Stopped:[/red] {escape(str(error))}", soft_wrap=True, highlight=False)
-        raise typer.Exit(1) from None
-    except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # or Python tries again at its end, and complains
         raise typer.Exit(1) from None
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("BEYONDLORA_TRACEBACK"):
@@ -440,8 +435,18 @@ def _say(message: str) -> None:
     messages.print(escape(message), soft_wrap=True, highlight=False)
 
 
+def _print(text: str) -> None:
+    """To standard output; where nobody reads that any more, the command ends."""
+    try:
+        typer.echo(text)
+    except BrokenPipeError:
+        # Or Python tries again at its end, and complains.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(1) from None
+
+
 def _print_json(content: Any) -> None:
-    typer.echo(json.dumps(finite(content), indent=2))
+    _print(json.dumps(finite(content), indent=2))
 
 
 def _progress() -> "Progress":
