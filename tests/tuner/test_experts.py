@@ -341,9 +341,7 @@ def test_experts_that_get_no_adapter_are_told(targets, said):
 def llama4() -> Llama4ForCausalLM:
     """Its experts multiply all tokens by all experts, in a class of their own."""
     sizes = {**small_models.MIXTURE, "intermediate_size_mlp": 12, "use_qk_norm": False}
-    return Llama4ForCausalLM(
-        Llama4TextConfig(**sizes, num_experts_per_tok=1) if False else Llama4TextConfig(**sizes)
-    ).eval()
+    return Llama4ForCausalLM(Llama4TextConfig(**sizes)).eval()
 
 
 @pytest.mark.parametrize(
