@@ -63,6 +63,16 @@ def test_what_a_kill_left_of_a_folder_goes_away_with_the_next(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
 
 
+def test_a_folder_that_a_kill_took_between_two_names_is_put_back_before_another_is_made(tmp_path):
+    old = tmp_path / ".export.beyondlora.partial" / "export.old"
+    old.mkdir(parents=True)
+    (old / "weights").touch()
+    with pytest.raises(KeyError), run_folder.replacing(tmp_path / "export"):
+        raise KeyError
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+    assert (tmp_path / "export" / "weights").exists()
+
+
 def test_a_link_to_nowhere_is_said_before_the_work(tmp_path):
     (tmp_path / "run").symlink_to("nowhere")
     with pytest.raises(FileExistsError, match="run' is a link to nowhere, which does not exist"):

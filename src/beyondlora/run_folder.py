@@ -258,6 +258,8 @@ def replacing(folder: Path) -> Iterator[Path]:
     partial, old = work / folder.name, work / f"{folder.name}.old"
     busy = f"{folder}: another process is writing this folder. Wait for it, or name another folder."
     with _lock(work, busy):
+        if old.exists() and not folder.exists():  # a kill came between the two renames
+            os.replace(old, folder)
         for left in (partial, old):  # by a kill
             shutil.rmtree(left, ignore_errors=True)
         partial.mkdir()

@@ -32,7 +32,7 @@ from .stiefel import polar_retraction, to_tangent
 
 NEAR, ROUNDS = 0.03, 8  # below NEAR one more round leaves 63/256 · NEAR⁵, under float32's rounding
 REACH = 0.9  # from where the rounds converge
-SHORT = 0.7  # of A: each step leaves half of an error in YᵀY; from 1 on steps would add to it
+SHORT = 0.7  # of ‖A‖ ≤ ‖A²‖^{1/2}: each step leaves half of an error in YᵀY; from 1 on steps would add to it
 BLOCK, SMALL_BLOCK = 512, 64  # rows of a product whose sum is to be exact; of one of fewer than two large blocks
 SIDE_BY_SIDE = 16  # columns below which BLAS runs products at a fraction of its speed
 UNEVEN = 2.0  # mean(λ) · mean(1/λ) of a Gram matrix from which its float32 rounding is felt; 1 for I
@@ -120,10 +120,11 @@ def polar_coefficients(H_BRR: Tensor, K_BRR: Tensor) -> tuple[Tensor, Tensor, Te
     A_BRR = torch.add(H_BRR, H_BRR.mT).mul_(-0.5)  # I − sym H
     A_BRR.diagonal(dim1=-2, dim2=-1).add_(1)
     AH_BRR = A_BRR @ H_BRR
-    rest_BRR = torch.baddbmm(K_BRR, A_BRR, A_BRR).add_(AH_BRR).add_(AH_BRR.mT)
+    square_BRR = A_BRR @ A_BRR
+    rest_BRR = torch.add(K_BRR, square_BRR).add_(AH_BRR).add_(AH_BRR.mT)
     rest_BRR.diagonal(dim1=-2, dim2=-1).sub_(1)
     W_BRR, near_B = inverse_root(rest_BRR)
-    return W_BRR, A_BRR @ W_BRR, near_B & (A_BRR.flatten(1).norm(dim=1) < SHORT)
+    return W_BRR, A_BRR @ W_BRR, near_B & (square_BRR.flatten(1).norm(dim=1) < SHORT**2)
 
 
 def inverse_root(rest_BRR: Tensor) -> tuple[Tensor, Tensor]:
