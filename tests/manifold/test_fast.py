@@ -408,6 +408,7 @@ def test_lowered_precision_would_reach_the_products_of_a_step(circumstance: str)
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 def test_on_cuda_the_step_never_waits_for_the_device() -> None:
     layers = [StiefelLinear(32, 1024, device="cuda") for _ in range(5)]
     optimizer = torch.optim.AdamW([layer.weight for layer in layers], 1e-3, foreach=True)
