@@ -75,10 +75,11 @@ def unstable() -> None:
 
     print("| seeds | 1 wide of 4: 1.5 found, pooled | set apart | 2 wide of 3: wrong, pooled | set apart |")
     print("| ---: | ---: | ---: | ---: | ---: |")
-    rule = statistics.UNLIKE
+    never, rule = 0.0, statistics.UNLIKE  # no p is below 0
     for seeds in (3, 5):
         found, mistaken = [], []
-        for statistics.UNLIKE in (0.0, rule):  # below 0 no p comes: nothing is set apart
+        for unlike in (never, rule):
+            statistics.UNLIKE = unlike
             draw = np.random.default_rng(1)
             firsts = [verdicts(draw, 4, seeds, last(1), 5 * 0.3)[0] for _ in range(NULL_GRIDS)]
             found.append(f"{firsts.count('better') / NULL_GRIDS:.0%}")

@@ -19,9 +19,9 @@ drop_again = torch.ops.aten.native_dropout_backward  # x ∘ mask · scale in on
 
 def written_out(*operands: Tensor) -> bool:
     """Whether products are to be in plain operations, which torch can differentiate in turn or map over."""
-    functorch = torch._C._functorch
-    mapped = torch._C._are_functorch_transforms_active() or any(map(functorch.is_legacy_batchedtensor, operands))
-    return mapped or torch.is_grad_enabled()
+    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        return True
+    return any(map(torch._C._functorch.is_legacy_batchedtensor, operands))
 
 
 def narrow(x_TN: Tensor, A_RN: Tensor, mask: Tensor | None = None) -> Tensor:

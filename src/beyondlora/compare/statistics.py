@@ -298,9 +298,9 @@ def _over_seeds(first: np.ndarray, second: np.ndarray, pooled: tuple[float, int 
         return []
     parts = [(float(values.var(ddof=1)) / len(values), len(values) - 1) for values in (first, second)]
     own = sum(part for part, _ in parts)
-    errors = []
-    if own > together * (1 + 1e-9) or (freedom is None and own):  # of two methods alone both are the same
+    is_wider, errors = own > together * (1 + 1e-9), list[tuple[float, float]]()  # of two alone both are the same
+    if is_wider or (freedom is None and own):
         errors.append((math.sqrt(own), own**2 / sum(part**2 / part_freedom for part, part_freedom in parts)))
-    if own <= together * (1 + 1e-9):
+    if not is_wider:
         errors.append((math.sqrt(together), len(first) + len(second) - 2 if freedom is None else freedom))
     return errors

@@ -220,17 +220,26 @@ def _prepare_conversations(rows: datasets.Dataset, tokenizer: Any, name: str, le
             f"messages_field={name!r}: the tokenizer has no chat template, which would write conversations as text; "
             "name a file that holds one with chat_template_path, or take the instruction-tuned model"
         )
-    writer, last_alone = Writer(tokenizer), 0
+    writer, last_alone, silent = Writer(tokenizer), 0, 0
 
     def written() -> Iterator[list[Stretch]]:
-        nonlocal last_alone
+        nonlocal last_alone, silent
         for number, row in enumerate(arrow_column(rows, name), start=1):
             found, last = writer.stretches(messages_of(row.as_py()), f"{where}, row {number}")
             last_alone += last
-            yield found
+            if found:
+                yield found
+            else:
+                silent += 1
+        if silent and silent == len(rows):
+            raise ValueError(
+                f"{where}: none of the {silent:,} conversations has an answer, which is what the loss counts: a "
+                "message of the assistant that is not the first"
+            )
 
     part = _prepare_stretches(written(), tokenizer, length, where)
-    told = f", {last_alone:,} rows with the last answer alone scored, as their template asks" if last_alone else ""
+    told = f", {silent:,} rows dropped: no answer in them" if silent else ""
+    told += f", {last_alone:,} rows with the last answer alone scored, as their template asks" if last_alone else ""
     return dataclasses.replace(part, description=part.description + told)
 
 
@@ -245,7 +254,7 @@ def _prepare_stretches(
 ) -> _Part:
     """Rows of which some stretches are scored; `head` and `end` are put around each."""
     ids, labels = _Lists(), _Lists()
-    cut = dropped = silent = 0
+    cut = dropped = 0
     rows = iter(written)
     while batch := list(itertools.islice(rows, _BATCH)):
         texts = [[text for text, _ in row] for row in batch]
@@ -258,20 +267,13 @@ def _prepare_stretches(
             marks += end
             marks[:1] = [NOT_SCORED] * len(marks[:1])  # nothing predicts a first token
             if all(mark == NOT_SCORED for mark in marks[:length]):
-                silent += not row
-                dropped += bool(row)
+                dropped += 1
                 continue
             cut += len(tokens) > length
             ids.append(tokens[:length])
             labels.append(marks[:length])
     note = f", {cut:,} rows cut at {length} tokens" if cut else ""
     note += f", {dropped:,} rows dropped: no token to predict within {length} tokens" if dropped else ""
-    if silent and not dropped and not len(ids.values):
-        raise ValueError(
-            f"{where}: none of the {silent:,} conversations has an answer, which is what the loss counts: a message of "
-            "the assistant that is not the first"
-        )
-    note += f", {silent:,} rows dropped: no answer in them" if silent else ""
     return _causal_part(ids, labels, "rows", where, note)
 
 

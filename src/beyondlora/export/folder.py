@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..run_folder import check_writable, write_json, write_text
 from ..targets import fits, shortest_targets
-from . import experts
+from .experts import parted, stacked, target_parameters
 
 RECORD = "export.json"
 PREFIX = "base_model.model."
@@ -71,7 +71,7 @@ def write_lora(
     """
     modules = dict(base.named_modules())
     _check_finite(factors)
-    layers, stacks = experts.parted(factors, modules)
+    layers, stacks = parted(factors, modules)
     rank = rank or max(A_RN.shape[0] for _, A_RN in factors.values())
     targets = shortest_targets(layers, modules)
     complete = layers | {path: _zeros(modules[path]) for path in modules if path not in layers and fits(path, targets)}
@@ -79,9 +79,8 @@ def write_lora(
     for path, (B_MR, A_RN) in complete.items():
         tensors[f"{PREFIX}{path}.lora_A.weight"] = _padded(A_RN, (rank, A_RN.shape[1]))
         tensors[f"{PREFIX}{path}.lora_B.weight"] = _padded(B_MR, (B_MR.shape[0], rank))
-    parameters = experts.target_parameters(stacks, base)
-    for name, tensor in experts.stacked(stacks, parameters, base, rank).items():
-        tensors[f"{PREFIX}{name}"] = tensor.contiguous()
+    parameters = target_parameters(stacks, base)
+    tensors |= {f"{PREFIX}{name}": tensor for name, tensor in stacked(stacks, parameters, base, rank).items()}
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
