@@ -201,11 +201,6 @@ def test_a_file_without_a_grid_says_what_a_grid_is(tmp_path):
         Grid.load(tmp_path / "recipe.yaml")
 
 
-GRIDS = sorted((Path(__file__).parents[2] / "configs" / "grids").glob("*.yaml"))
-
-
-@needs_shared
-@needs_minilm
 @pytest.mark.parametrize("content", [None, b"", b"- a\n", b"caf\xe9: 1\n"])
 def test_a_file_that_is_no_grid_is_not_called_a_recipe(content, tmp_path):
     path = tmp_path / "grid.yaml"
@@ -217,6 +212,11 @@ def test_a_file_that_is_no_grid_is_not_called_a_recipe(content, tmp_path):
     assert "recipe" not in str(caught.value)
 
 
+GRIDS = sorted((Path(__file__).parents[2] / "configs" / "grids").glob("*.yaml"))
+
+
+@needs_shared
+@needs_minilm
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
 def test_a_grid_of_configs_is_ready_to_run(path, monkeypatch, tmp_path):
     monkeypatch.setenv("BEYONDLORA_SHARED", str(SHARED))
