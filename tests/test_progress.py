@@ -28,7 +28,7 @@ def test_tables_show_names_as_they_are(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
     gap = {"layers": {NAME: 0.1}, "layer_gap": {"largest": 0.1, "median": 0.1}, "logits_relative": 0.1}
     gap |= {"logits_max": 0.1, "adapter_relative": 0.1, "top1_agreement": 1.0, "made_from": "X", "form": "exact"}
-    show_gap(gap | {"compared_on": NAME}, every_layer=True)
+    show_gap(gap | {"compared_on": NAME, "computed_in": "float32"}, every_layer=True)
     show_figures(NAME, {NAME: {"value": 1.0, "stderr": None, "n": 3}})
     means = {"tokens": 9, "layers": 1, "left_out": []} | dict.fromkeys(FIGURES, 1.0)
     adapters = [{"label": NAME, "mean": means}]

@@ -103,6 +103,10 @@ def show_gap(record: dict[str, Any], *, every_layer: bool) -> None:
     if record["top1_agreement"] is not None:
         table.add_row("top-1 agreement", f"{record['top1_agreement']:.4%}")
     show(table)
+    if record["computed_in"] in ("bfloat16", "float16"):
+        rounding = f"The model computes in {record['computed_in']}, whose rounding is in the figures of the logits"
+        layers = "; those of the layers' outputs are of the functions alone." if record["layers"] else "."
+        _console().print(rounding + layers)
     if "scores" in record:
         _show_scores(record["scores"])
 

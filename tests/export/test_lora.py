@@ -112,12 +112,15 @@ def test_the_gap_is_the_one_between_the_outputs(tmp_path):
     assert gap.tokens == 24
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_half_precision_base(dtype, tmp_path):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_base_in_half_precision_is_said_to_round(dtype, tmp_path, capsys):
     model = trained(beyondlora.StellaConfig(r=4, target_modules=TARGETS), small_models.llama().to(dtype))
     record = beyondlora.export_lora(model, tmp_path / "lora", base_model=BASE)
     assert record["layer_gap"]["largest"] < 1e-5  # the factors are float32, whatever the base is
     assert {tensor.dtype for tensor in files(tmp_path / "lora")[1].values()} == {torch.float32}
+    show_gap(record, every_layer=False)
+    rounds = f"computes in {str(dtype).removeprefix('torch.')}, whose rounding" in capsys.readouterr().out
+    assert rounds == (dtype != torch.float32)
 
 
 def test_conv1d_of_gpt2(tmp_path):

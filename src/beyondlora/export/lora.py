@@ -117,7 +117,8 @@ def record_of(
     score: Callable[[nn.Module], dict[str, Any]] | None,
     folder: Path,
 ) -> dict[str, Any]:
-    """What export.json says of any export: what it is, how far from the live adapter, how it measures, how to serve it.
+    """What export.json says of any export: what it is, how far from the live adapter and computed in which dtype, how
+    it measures, how to serve it.
 
     Args:
         model: the live adapter's.
@@ -127,7 +128,9 @@ def record_of(
         score: measures a model, for the base, the live and the exported one.
         folder: the export's final name.
     """
-    record = {"made_from": as_text(model.peft_config[model.active_adapter].peft_type), **about, **gap.as_dict()}
+    made_from = as_text(model.peft_config[model.active_adapter].peft_type)
+    computed_in = str(_coarsest(model)).removeprefix("torch.")
+    record = {"made_from": made_from, **about, **gap.as_dict(), "computed_in": computed_in}
     if score is not None:
         with model.disable_adapter():
             base = score(model)
