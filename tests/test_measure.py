@@ -1,6 +1,7 @@
 """The evaluator: token-exact whatever the batch, standard errors over rows, nothing disturbed."""
 
 import math
+import random
 from types import SimpleNamespace
 
 import numpy as np
@@ -224,16 +225,54 @@ def test_resampling_gives_the_same_errors_every_time():
 
 def test_measuring_disturbs_neither_mode_nor_generators():
     model = small_models.llama().train()
-    python, torchs, numpys = (np.random.get_state()[1].copy(), torch.get_rng_state(), np.random.default_rng(0))
+    model.lm_head.eval()  # as one that is frozen
+    states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
     measure(model, prompts(), collate, task="causal-lm")
-    assert model.training
-    assert torch.equal(torch.get_rng_state(), torchs)
-    assert (np.random.get_state()[1] == python).all()
-    assert numpys.random() == np.random.default_rng(0).random()
+    assert [name for name, module in model.named_modules() if not module.training] == ["lm_head"]
+    assert random.getstate() == states[0]
+    assert (np.random.get_state()[1] == states[1]).all()
+    assert torch.equal(torch.get_rng_state(), states[2])
     assert not model.eval().training
     measure(model, prompts(), collate, task="causal-lm")
-    assert not model.training
+    assert not any(module.training for module in model.modules())
     assert all(weight.grad is None for weight in model.parameters())
+
+
+class ShortOfLogits(nn.Module):
+    """A model whose outputs no loss can be computed of."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, input_ids, attention_mask):
+        return SimpleNamespace(logits=self.weight.expand(*input_ids[:, :-2].shape, 4))
+
+
+def test_an_error_amid_the_rows_leaves_no_mode_behind():
+    """Whoever keeps the error, as a notebook does, keeps all frames that it came through."""
+    model = ShortOfLogits().train()
+    with pytest.raises(RuntimeError) as kept:
+        measure(model, prompts(), collate, task="causal-lm")
+    assert kept.tb is not None
+    assert (torch.is_grad_enabled(), model.training) == (True, True)
+
+
+class NoNumber(nn.Module):
+    """A model whose outputs are nan."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((1,), math.nan))
+
+    def forward(self, input_ids, attention_mask):
+        return SimpleNamespace(logits=self.weight.expand(*input_ids.shape, 64))
+
+
+def test_of_a_loss_that_is_no_number_the_perplexity_is_none():
+    scores = measure(NoNumber(), prompts(), collate, task="causal-lm")
+    assert math.isnan(scores["loss"].value)
+    assert math.isnan(scores["perplexity"].value)
 
 
 def test_progress_is_told_of_every_batch(llama):

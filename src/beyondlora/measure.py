@@ -71,8 +71,7 @@ def measure(
         nll, tokens = row_losses(model, rows, collator, batch_size=batch_size, bf16=bf16, on_batch=on_batch)
         told({"nll": nll.numpy(), "tokens": tokens.numpy()})
         return _language_scores(nll, tokens)
-    batches = _batches(model, rows, collator, batch_size, bf16, on_batch)
-    logits, labels = _gathered(((batch_logits.float(), batch_labels) for batch_logits, batch_labels in batches), rows)
+    logits, labels = _over_rows(_in_float32, model, rows, collator, batch_size, bf16, on_batch)
     if task == "sequence-regression":
         predicted, true = logits.squeeze(-1).double().numpy(), labels.double().numpy()
         told({"predicted": predicted, "label": true})
@@ -94,33 +93,36 @@ def row_losses(
     on_batch: Callable[[int, int], None] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The (summed loss in nats, number of scored tokens) of each row under a causal language model."""
-    return _gathered(map(_token_losses, _batches(model, rows, collator, batch_size, bf16, on_batch)), rows)
+    return _over_rows(_token_losses, model, rows, collator, batch_size, bf16, on_batch)
 
 
-def _batches(
+def _over_rows(
+    of: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
     model: torch.nn.Module,
     rows: Any,
     collator: Callable[..., Any],
     batch_size: int,
     bf16: bool,
     on_batch: Callable[[int, int], None] | None,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield the (logits, labels) of each batch of this process's rows."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `of` makes of the logits and labels of each batch, over all rows, those of the other processes included."""
     device = next(model.parameters()).device
     mine: Any = Subset(rows, processes.share(len(rows)))
     # A loader draws a seed for its workers from the global generator unless it has its own.
     loader: DataLoader[Any] = DataLoader(
         mine, batch_size=batch_size, collate_fn=collator, generator=torch.Generator().manual_seed(0)
     )
-    done = 0
+    done, pairs = 0, list[tuple[torch.Tensor, torch.Tensor]]()
     with inference(model), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         for batch in loader:
             inputs = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
             labels = inputs.pop("labels")
-            yield model(**inputs).logits, labels
+            pairs.append(of(model(**inputs).logits, labels))
             done += len(labels)
             if on_batch:
                 on_batch(done, len(mine))
+    first, second = (torch.cat([part.cpu() for part in parts]) for parts in zip(*pairs, strict=True))
+    return processes.gathered(first, len(rows)), processes.gathered(second, len(rows))
 
 
 def moved(model: Any, device: torch.device) -> Any:
@@ -129,30 +131,31 @@ def moved(model: Any, device: torch.device) -> Any:
 
 
 @contextmanager
-def inference(model: torch.nn.Module) -> Iterator[None]:
-    """Neither dropout nor gradients; the model's mode is put back."""
-    training = model.training
-    model.eval()
+def inference(*models: torch.nn.Module) -> Iterator[None]:
+    """Neither dropout nor gradients; each module's own mode is put back."""
+    modes = {module: module.training for model in models for module in model.modules()}
+    for model in models:
+        model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        model.train(training)
+        for model in models:
+            model.train(modes[model])  # some do more than to set a flag
+        for module, training in modes.items():
+            module.training = training
 
 
-def _token_losses(batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def _in_float32(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return logits.float(), labels
+
+
+def _token_losses(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The (summed loss in nats, number of scored tokens) of each row of a batch."""
-    logits, labels = batch
     logits = logits[:, -labels.shape[1] :]  # a method with virtual tokens puts them in front
     targets = labels[:, 1:]
     nll = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), targets, ignore_index=-100, reduction="none")
     return precise(nll).sum(dim=1), (targets != -100).sum(dim=1)
-
-
-def _gathered(pairs: Any, rows: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pairs of tensors a batch, as two tensors over all rows, those of the other processes included."""
-    first, second = (torch.cat([part.cpu() for part in parts]) for parts in zip(*pairs, strict=True))
-    return processes.gathered(first, len(rows)), processes.gathered(second, len(rows))
 
 
 def per_token(sums: torch.Tensor, tokens: torch.Tensor) -> Measurement:
@@ -169,7 +172,7 @@ def per_token(sums: torch.Tensor, tokens: torch.Tensor) -> Measurement:
 
 def _language_scores(nll: torch.Tensor, tokens: torch.Tensor) -> Measurements:
     loss = per_token(nll, tokens)
-    perplexity = math.exp(loss.value) if loss.value < 700 else math.inf
+    perplexity = math.inf if loss.value >= 700 else math.exp(loss.value)
     return {
         "loss": loss,
         "perplexity": Measurement(perplexity, None if loss.stderr is None else perplexity * loss.stderr, loss.n),

@@ -11,12 +11,13 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter
+from ..measure import inference
 from ..padding import without_padding
 from ..precise import precise
 from ..tuner.experts import ExpertLinear, has_open_experts
 from ..tuner.layer import AdapterLayer
 from . import experts
-from .rows import Batch, inference, rows_of, run, watching
+from .rows import Batch, rows_of, run, watching
 
 OTHERWISE = (
     "PEFT loads another LoRA than was written. In target_modules of some mixtures it takes gate_proj, up_proj and "

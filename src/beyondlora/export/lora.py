@@ -16,6 +16,7 @@ from torch import nn
 
 from ..attach import quiet
 from ..manifold.guard import check_manifold
+from ..measure import inference
 from ..run_folder import replacing
 from ..targets import is_linear
 from ..tuner.config import AdapterConfig
@@ -25,7 +26,7 @@ from ..tuner.packing import take_out_8bit
 from .distil import distil
 from .folder import PREFIX, Factors, as_text, check_free, serving_command, vllm_rank, write_lora, write_record
 from .gap import OTHERWISE, Adapted, Gap, compare
-from .rows import Batch, inference, prompts_for
+from .rows import Batch, prompts_for
 
 
 def export_lora(

@@ -47,20 +47,6 @@ def prompts_for(base: nn.Module, base_model: str) -> tuple[list[Batch], str]:
 
 
 @contextmanager
-def inference(*networks: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; each network's own mode comes back afterwards."""
-    modes = [(module, module.training) for network in networks for module in network.modules()]
-    for network in networks:
-        network.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-@contextmanager
 def watching(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Tensor]]]:
     """Yield a mapping that fills with the inputs of each layer, one a call; clear it between batches."""
     seen: dict[str, list[Tensor]] = defaultdict(list)
