@@ -331,7 +331,7 @@ def call(*arguments):
 
 def test_the_command_says_what_it_found(base, house, tmp_path):
     source = checkpoint(tmp_path / "c.pt", weights(base))
-    done = call("import", source, "--base-model", house / "base", "--out", tmp_path / "a", "--set", "lora_dropout=0.3")
+    done = call("import", source, "--base-model", house / "base", "--out", tmp_path / "a", "--set", "lora_dropout=3e-1")
     assert done.exit_code == 0, done.stderr
     assert done.stdout == f"CERA, r=3, 4 layers (q_proj, v_proj) of {house / 'base'}\n"
     assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["lora_dropout"] == 0.3
@@ -345,7 +345,8 @@ def test_bad_input_is_a_sentence_and_exit_code_2(base, house, tmp_path):
         ([source, "--out", tmp_path, "--base-model", model], "there already"),
         ([source, "--out", out, "--base-model", tmp_path / "gone"], "there is no folder"),
         ([source, "--out", out, "--base-model", model, "--set", "cera_activatio=relu"], "did you mean cera_activation"),
-        ([source, "--out", out, "--base-model", model, "--set", "rank"], "no KEY=VALUE"),
+        ([source, "--out", out, "--base-model", model, "--set", "rank"], "of the form key=value"),
+        ([source, "--out", out, "--base-model", model, "--set", "r=[8"], "line 1: not valid YAML"),
         ([source], "--out"),
     ]:
         done = call("import", *words)

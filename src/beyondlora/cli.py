@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import yaml
 from rich.console import Console
 from rich.markup import escape
 
 from . import __version__, chatter  # noqa: F401  (which works by being imported)
 from .interrupts import ASKED_TO_END, Terminated, terminate
-from .recipe import Recipe
+from .recipe import Recipe, apply_override
 from .run_folder import RunFolder, finite
 from .tables import show, show_analysis, show_figures, show_gap
 
@@ -237,12 +236,9 @@ def import_(
 ) -> None:
     """Turn the authors' own files into an adapter folder of ours; nothing missing, nothing left over."""
     with _explained():
-        settings = {}
+        settings = dict[str, Any]()
         for setting in set_ or ():
-            key, equals, value = setting.partition("=")
-            if not equals:
-                raise ValueError(f"--set {setting!r} is no KEY=VALUE.")
-            settings[key] = yaml.safe_load(value)
+            apply_override(settings, setting)
         from .foreign import import_adapter
 
         found = import_adapter(source, out, base_model=base_model, settings=settings)

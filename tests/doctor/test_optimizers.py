@@ -57,6 +57,16 @@ def test_a_package_that_is_not_here_is_named(monkeypatch, home):
     assert probe_optimizers()[home].state == "absent"
 
 
+def test_a_package_that_is_here_and_broken_is_an_answer_and_no_end(monkeypatch, tmp_path):
+    (tmp_path / "broken_optimizers.py").write_text("raise RuntimeError('libsomething.so is missing.')")
+    monkeypatch.syspath_prepend(tmp_path)
+    homes = {"broken": ("broken_optimizers", "broken_optimizers"), "transformers": room.HOMES["transformers"]}
+    monkeypatch.setattr(room, "HOMES", homes)
+    found = probe_optimizers()
+    assert (found["broken"].state, found["broken"].why) == ("refused", "libsomething.so is missing.")
+    assert found["transformers Adafactor"].state == "yes"
+
+
 def test_a_factor_that_drifts_is_noticed(monkeypatch):
     monkeypatch.setattr(riemannian, "_begin", lambda *_: None)  # the step is switched off
     found = probe_optimizers()["torch AdamW"]

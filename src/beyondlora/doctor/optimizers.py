@@ -7,6 +7,7 @@ import io
 import warnings
 from collections.abc import Iterator
 from contextlib import redirect_stdout
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,11 +34,19 @@ def probe_optimizers() -> dict[str, Answer]:
         if importlib.util.find_spec(package) is None:
             found[home] = Answer("absent", f"{package} is not installed")
             continue
-        for name, optimizer_cls in _classes(module):
-            with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-                warnings.simplefilter("ignore")
-                found[f"{home} {name}"] = ask(lambda cls=optimizer_cls: _train_a_factor(cls))  # type: ignore[misc]
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            found |= _probe_home(home, module)
     return found
+
+
+def _probe_home(home: str, module: str) -> dict[str, Answer]:
+    """The answers of a package's optimizers, or its own where it is there and broken."""
+    classes = list[tuple[str, type[torch.optim.Optimizer]]]()
+    imported = ask(lambda: classes.extend(_classes(module)))
+    if imported.state != "yes":
+        return {home: imported}
+    return {f"{home} {name}": ask(partial(_train_a_factor, optimizer_cls)) for name, optimizer_cls in classes}
 
 
 def _classes(module: str) -> Iterator[tuple[str, type[torch.optim.Optimizer]]]:
