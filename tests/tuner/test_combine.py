@@ -105,6 +105,8 @@ def test_nonlinear_cores_have_no_weighted_sum(name):
         ((["default"], [1, 1], "sum"), "1 adapters and 2 weights"),
         ((["default"], [float("nan")], "sum"), "must be finite"),
         ((["default"], [1.0], "default"), "is taken"),
+        ((["default"], [1.0], "a.b"), "'a.b' cannot be the name of a module"),
+        ((["default"], [1.0], "keys"), "'keys' cannot be the name of a module"),
         ((["default"], [1.0], "sum", "svd"), "combination_type='svd' is not offered"),
     ],
 )

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..targets import fits
 from .experts import ExpertLinear, parameter_name
@@ -65,6 +66,8 @@ def check_combination(
         raise ValueError(f"weights={list(weights)} must be finite numbers.")
     if new_name in configs:
         raise ValueError(f"adapter_name={new_name!r} is taken; delete that adapter first, or choose another name.")
+    if not new_name or "." in new_name or hasattr(nn.ModuleDict, new_name):
+        raise ValueError(f"adapter_name={new_name!r} cannot be the name of a module in torch; choose another one.")
     for name in adapters:
         kept = [f for f in ("modules_to_save", "trainable_token_indices") if getattr(configs[name], f)]
         if kept or configs[name].bias != "none":
