@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from beyondlora.compare import pictures, report
+from beyondlora.compare import comparison, pictures, report
 from beyondlora.compare.arms import as_mapping, outcome_of
 from beyondlora.compare.grid import Grid
 from beyondlora.compare.report import page
@@ -262,8 +262,8 @@ def test_an_arm_whose_seeds_spread_far_more_is_named():
 
 
 def test_where_the_rows_cannot_tell_the_sentence_says_why(outcome):
-    name, comparison = next(iter(outcome.comparisons.items()))
-    unknown = dataclasses.replace(comparison, low=None, high=None, p_corrected=None, verdict="no verdict")
+    name, one = next(iter(outcome.comparisons.items()))
+    unknown = dataclasses.replace(one, low=None, high=None, p_corrected=None, verdict="no verdict")
     (sentence,) = verdicts(dataclasses.replace(outcome, comparisons={name: unknown}))
     assert "for on too many resampled rows the figure is not defined" in sentence
 
@@ -278,6 +278,26 @@ def test_the_search_is_a_table_with_a_column_a_setting(outcome):
     ]
     (lost,) = (line for line in markdown(outcome, command="c").splitlines() if "diverged)" in line)
     assert lost.startswith("| <b>bold</b> & Co | – (1 of 2 diverged) | **")
+
+
+def test_a_name_with_the_sign_between_columns_stays_in_its_column():
+    name = "targets=(q|v)_proj"
+    whole = graded({"base": MIDDLE, name: EDGE}, pairs=[[name, "base"]])
+    rows = [row for row in markdown(whole, command="c").splitlines() if row.startswith(r"| targets=(q\|v)_proj |")]
+    columns = [len(re.split(r"(?<!\\)\|", row)) - 2 for row in rows]
+    assert columns == [10, 7, 4]  # the arm's, the pair's, the search's
+
+
+def test_the_machine_is_the_one_that_the_runs_were_on():
+    there = {"started": "2026-11-30T10:00:00", "device": "cpu", "python": "3.12.1", "versions": {"torch": "2.13"}}
+    whole = graded({"base": MIDDLE})
+    first, *others = whole.lines
+    lines = [first | {"environment": there | {"cpus": 96, "platform": "Darwin-arm64"}}]
+    lines += [line | {"environment": there} for line in others]  # an older version did not keep them
+    assert comparison._machine(dataclasses.replace(whole, lines=lines)) == [
+        "2026-11-30, cpu, 96 CPU cores, Darwin-arm64, Python 3.12.1, torch 2.13",
+        "2026-11-30, cpu, Python 3.12.1, torch 2.13",
+    ]
 
 
 def test_the_terminal_shows_names_and_title_as_they_are_written(capsys, monkeypatch):

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from beyondlora.doctor import probes
-from beyondlora.doctor.answer import ApproximateResultError, WrongResultError, ask
+from beyondlora.doctor.answer import Answer, ApproximateResultError, WrongResultError, ask
 from beyondlora.doctor.layers import LAYER_KINDS, Host, LayerKind
-from beyondlora.doctor.report import SIGNS
+from beyondlora.doctor.report import SIGNS, as_markdown
 from beyondlora.tuner.layer import AdapterLayer
 
 KINDS = {kind.name: kind for kind in LAYER_KINDS}
@@ -175,3 +175,10 @@ def test_an_answer_is_the_first_sentence_of_what_was_raised(error, state, why):
 
 def test_every_feature_is_explained():
     assert all(re.match(r"[A-Z].*\.$", probe.__doc__, re.DOTALL) for probe in probes.FEATURES.values())
+
+
+def test_a_reason_with_the_sign_between_columns_stays_in_its_column():
+    environment = {"versions": {}, "accelerator": None, "cpus": 1, "python": "3.12", "torch_threads": 1}
+    environment["distributed"] = {"processes": 1, "backends": []}
+    optimizers = {"torch Odd": Answer("refused", "lr must be float | Tensor.")}
+    assert as_markdown(environment, {}, optimizers).endswith("| torch Odd | – | lr must be float \\| Tensor. |\n")

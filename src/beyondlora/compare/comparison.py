@@ -4,7 +4,6 @@ import dataclasses
 import importlib.util
 import json
 import os
-import platform
 import re
 import shlex
 import warnings
@@ -314,6 +313,7 @@ def _machine(outcome: Outcome) -> list[str]:
         if line["status"] == FINISHED:
             environment = line["environment"]
             versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items() if version)
-            where = f"{environment['device']}, {os.cpu_count()} CPU cores, {platform.machine()}"
+            cores = f"{environment['cpus']} CPU cores" if environment.get("cpus") else None
+            where = ", ".join(filter(None, (environment["device"], cores, environment.get("platform"))))
             told[f"{environment['started'][:10]}, {where}, Python {environment['python']}, {versions}"] = None
     return list(told)

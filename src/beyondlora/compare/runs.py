@@ -68,6 +68,7 @@ WHERE_FINISHED = (
     "base_sha256",
     "data_sha256",
 )
+ENVIRONMENT = ("started", "device", "commit", "python", "platform", "cpus", "versions")
 FINISHED, DIVERGED, FAILED = "finished", "diverged", "failed"
 PROBE_STEPS = 4
 
@@ -267,7 +268,7 @@ def _measured(run: Run, test: HeldOut, progress: Progress) -> Line:
         "peak_memory_bytes": _peak_memory(),
         "adapter_bytes": sum(path.stat().st_size for path in folder.adapter.glob("*.safetensors")),
         "data_sha256": environment["data_sha256"],
-        "environment": {key: environment[key] for key in ("started", "device", "commit", "python", "versions")},
+        "environment": {key: environment[key] for key in ENVIRONMENT},
     }
 
 

@@ -1,7 +1,7 @@
 """A comparison in words: sentences, the terminal's table, Markdown."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -150,8 +150,14 @@ def _pair_rows(outcome: Outcome) -> list[str]:
         p = "" if found.p_corrected is None else _p(found.p_corrected)
         seen = "" if found.detectable is None else f"{found.detectable:.{decimals}f}"
         row = [one, two, *_interval(found, decimals), p, seen, found.verdict]
-        rows.append(f"| {' | '.join(row)} |")
+        rows.append(_row(row))
     return rows
+
+
+def _row(cells: Iterable[str]) -> str:
+    """A row of a Markdown table; an arm may be named after a regular expression."""
+    escaped = (cell.replace("|", r"\|") for cell in cells)
+    return f"| {' | '.join(escaped)} |"
 
 
 def _interval(found: Comparison, decimals: int) -> tuple[str, str]:
@@ -175,7 +181,7 @@ def markdown(outcome: Outcome, *, command: str, machine: Sequence[str] = ()) -> 
         *(cells(outcome, arm) for arm in outcome.arms),
     ]
     parts = [f"# {outcome.title}", f"    {command}", "\n".join(machine), caption(outcome)]
-    parts.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
+    parts.append("\n".join(map(_row, rows)))
     parts.append("\n".join(f"- {sentence}" for sentence in [*verdicts(outcome), *outcome.notes]))
     if outcome.pairs:
         parts += [pair_caption(outcome), "\n".join(_pair_rows(outcome))]
@@ -188,10 +194,10 @@ def markdown(outcome: Outcome, *, command: str, machine: Sequence[str] = ()) -> 
 def _search(outcome: Outcome) -> list[str]:
     """The search itself: every setting's figure on the validation rows, a column a setting."""
     columns = list(dict.fromkeys(_setting(setting) for arm in outcome.arms for setting in arm.settings))
-    rows = [f"| {' | '.join(['arm', *columns])} |", f"| --- |{' ---: |' * len(columns)}"]
+    rows = [_row(["arm", *columns]), f"| --- |{' ---: |' * len(columns)}"]
     for arm in outcome.arms:
         told = {_setting(setting): _searched(setting, arm, outcome.metric.decimals) for setting in arm.settings}
-        rows.append(f"| {' | '.join([arm.name, *(told.get(column, '') for column in columns)])} |")
+        rows.append(_row([arm.name, *(told.get(column, "") for column in columns)]))
     return rows
 
 

@@ -85,4 +85,4 @@ def _optimizers(optimizers: dict[str, Answer]) -> str:
 
 
 def _row(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+    return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
