@@ -591,14 +591,32 @@ def test_gradcheck_at_once(row: Row) -> None:
     assert torch.autograd.gradgradcheck(call, (x, *weights))
 
 
+@pytest.mark.parametrize("row", DYNAMIC.values(), ids=DYNAMIC)
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_gradients_that_can_be_differentiated_are_the_same_gradients(row: Row, dropout: float) -> None:
+    """Which gradgradcheck cannot tell: it holds what they are made of against their own derivative."""
+    adapter, base, upstream = row.build(6, 5, 3, dropout=dropout).train(), frozen(5, 6), fresh(4, 5)
+    sources = [fresh(4, 6).requires_grad_(), *adapter.parameters()]
+    found = []
+    for differentiable in (False, True):
+        torch.manual_seed(0)
+        y = adapter.beside(base, sources[0])
+        found.append(torch.autograd.grad(y, sources, upstream, create_graph=differentiable))
+    for plain, differentiable in zip(*found, strict=True):
+        torch.testing.assert_close(differentiable, plain, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize(
-    "circumstance", ["trains", "hook", "replaced forward", "no gradients", "down hook", "dropout hook"]
+    "circumstance",
+    ["trains", "trains its bias", "hook", "replaced forward", "no gradients", "down hook", "dropout hook"],
 )
 def test_where_somebody_watches_or_trains_they_are_called_one_by_one(circumstance: str) -> None:
-    adapter, base, x = ROWS["lora"].build(6, 5, 3, dropout=0.2).train(), frozen(5, 6), fresh(4, 6)
+    adapter, base, x = ROWS["lora"].build(6, 5, 3, dropout=0.2).train(), frozen(5, 6, bias=True), fresh(4, 6)
     assert adapter.beside(base, x) is not None
     if circumstance == "trains":
         base.weight.requires_grad_()
+    elif circumstance == "trains its bias":
+        base.bias.requires_grad_()
     elif circumstance == "hook":
         base.register_forward_hook(lambda *_: None)
     elif circumstance == "down hook":

@@ -9,6 +9,7 @@ import small_models
 import torch
 from methods import METHODS, every_method, one_of_each_paper, since_peft_0_21
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.helpers import disable_input_dtype_casting
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -155,6 +156,15 @@ def test_several_adapters_switch_disable_and_delete(method, tmp_path):
     torch.testing.assert_close(logits(model), second, rtol=0, atol=0)
 
 
+def test_a_name_that_torch_refuses_leaves_nothing_behind():
+    config = CeraConfig(r=2, target_modules=["first"])
+    model = get_peft_model(small_models.Perceptron(), config)
+    with pytest.raises(KeyError, match=r"name can.*contain"):
+        model.add_adapter("a.b", config)
+    assert list(model.peft_config) == ["default"]
+    assert [list(layer.adapters) for layer in layers(model).values()] == [["default"]]
+
+
 @every_method
 def test_two_active_adapters_add_up(method):
     model = adapted(method, target_modules=["q_proj"], base=small_models.llama())
@@ -192,6 +202,30 @@ def test_unmerging_restores_every_bit(method):
     model.unmerge_adapter()
     assert all(torch.equal(layer.get_base_layer().weight, before[name]) for name, layer in layers(model).items())
     assert torch.equal(logits(model), attached)
+
+
+@exact
+def test_adapters_that_were_merged_one_after_the_other_are_unmerged_to_the_bit(method):
+    model = adapted(method, target_modules=["q_proj"], init_lora_weights=False)
+    model.add_adapter("second", method.config(target_modules=["q_proj"], init_lora_weights=False))
+    before = {name: layer.get_base_layer().weight.clone() for name, layer in layers(model).items()}
+    for layer in layers(model).values():
+        layer.merge(adapter_names=["default"])
+        with pytest.warns(UserWarning, match="additionally merging second"):
+            layer.merge(adapter_names=["second"])
+    model.unmerge_adapter()
+    assert all(torch.equal(layer.get_base_layer().weight, before[name]) for name, layer in layers(model).items())
+
+
+@exact
+def test_a_merge_into_half_precision_is_rounded_once(method):
+    model = adapted(method, small_models.llama().bfloat16(), target_modules=["q_proj"], init_lora_weights=False)
+    expected = {
+        name: (layer.get_base_layer().weight.float() + layer.get_delta_weight("default").float()).bfloat16()
+        for name, layer in layers(model).items()
+    }
+    model.merge_adapter()
+    assert all(torch.equal(layer.get_base_layer().weight, expected[name]) for name, layer in layers(model).items())
 
 
 @mergeable
@@ -350,6 +384,8 @@ def test_biases(method, bias, count, tmp_path):
     model = get_peft_model(small_models.Perceptron(), method.config(target_modules=["first"], bias=bias))
     trained = [name for name, p in model.named_parameters() if p.requires_grad and name.endswith("bias")]
     assert len(trained) == count
+    model(torch.randn(3, 16)).sum().backward()
+    assert all(model.get_parameter(name).grad.abs().sum() > 0 for name in trained)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name in trained:
@@ -384,6 +420,13 @@ def test_dropout_follows_train_and_eval(method):
     assert torch.equal(layer(x), layer(x))
     model.train()
     assert not torch.equal(layer(x), layer(x))
+
+
+def test_inputs_keep_their_dtype_where_peft_is_told_so():
+    model = adapted(next(m for m in METHODS if m.name == "cera"), small_models.llama().bfloat16())
+    model(IDS)
+    with disable_input_dtype_casting(model), pytest.raises(RuntimeError, match="same dtype"):
+        model(IDS)
 
 
 @every_method

@@ -62,11 +62,11 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     def add(self, name: str, adapter: Adapter, *, inference_mode: bool = False) -> None:
         """Put an adapter beside the base layer under a name (PEFT: `update_layer`)."""
-        self.adapters[name] = adapter.train(self.training)
-        self._called[name] = {self.prefix + letter: part for letter, part in adapter.parts().items()}
-        for key, part in self._called[name].items():
-            getattr(self, key)[name] = part
+        called = {self.prefix + letter: part for letter, part in adapter.train(self.training).parts().items()}
+        for key, part in called.items():
+            getattr(self, key)[name] = part  # first: torch may refuse the name
         getattr(self, f"{self.prefix}dropout")[name] = adapter.dropout
+        self.adapters[name], self._called[name] = adapter, called
         self._move_adapter_to_device_of_base_layer(name, execution_device(self.get_base_layer()))
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
