@@ -12,6 +12,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import small_runs
@@ -522,6 +523,17 @@ def test_a_comparison_whose_baseline_failed_is_written_and_is_an_error(house, tm
     assert re.search(r"LoRA .* 0\.01", done.stdout)  # what there is
 
 
+def test_a_few_steps_tell_how_long_a_run_will_take():
+    """20 s for four steps of one second, and the evaluations after them and at the end, of 3 s: 10 s to begin with."""
+    rows = [{"step": step, "epoch": step / 4, "loss": 1.0, "seconds": 4.0 + step} for step in (1, 2, 3, 4)]
+    rows.append({"step": 4, "epoch": 1.0, "eval_loss": 1.0, "seconds": 11.0})
+    by_steps = SimpleNamespace(max_steps=100, eval_steps=10, num_train_epochs=3)
+    assert runs._extrapolated(by_steps, rows, wall=20.0) == (10 + 100 + (10 + 3) * 3, 100)  # at the end; the test rows
+    by_epochs = SimpleNamespace(max_steps=-1, eval_steps=10, num_train_epochs=2)
+    assert runs._extrapolated(by_epochs, rows, wall=20.0) == (10 + 8 + 3 * 3, 8)
+    assert runs._extrapolated(by_steps, rows[:2], wall=20.0) == (20, 100)  # diverged at once
+
+
 def test_an_absurd_grid_is_counted_and_refused_without_yes(house, tmp_path):
     told = Told()
     with pytest.raises(ValueError, match=r"200 runs, about .*--yes"):
@@ -593,8 +605,9 @@ def test_rows_that_are_the_same_are_cut_off_together(house, tmp_path):
 
 
 def test_texts_that_share_some_lines_are_not_the_same(house, tmp_path):
-    header = [f"Licensed under the one licence that everybody writes above all of it, {n}" for n in range(3)]
+    header = [f"Licensed under the one licence that everybody writes above all of it, {n}" for n in range(4)]
     body = "a line of file {} that stands in no other one, and is long enough to count: {}"
+    # Of the six stretches of three lines two are the licence's.
     texts = ["\n".join([*header, *(body.format(file, line) for line in range(4))]) for file in range(30)]
     (tmp_path / "code.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     recipe = small_runs.recipe(house, dataset_name=str(tmp_path / "code.jsonl"), eval_fraction=0.2)

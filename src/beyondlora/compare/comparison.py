@@ -113,7 +113,7 @@ def _lines(
     if left:
         check_trained(left, shared["data_sha256"])
         _check_beginnings(left)
-        seconds, steps = probe(left[0], test) or (None, max(left[0].recipe.max_steps, 1))
+        seconds, steps = probe(left[0]) or (None, max(left[0].recipe.max_steps, 1))
         _agree(len(left), seconds, min(jobs, len(left)), yes, progress)
         progress.begin("compare", steps * len(left))
         try:

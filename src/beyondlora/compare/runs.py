@@ -318,16 +318,16 @@ def expected(
 # --- how long it will take -------------------------------------------------------------------------------------------
 
 
-def probe(run: Run, test: HeldOut) -> tuple[float, int] | None:
+def probe(run: Run) -> tuple[float, int] | None:
     """(seconds, training steps) that a run is likely to take, from a few steps of it in a folder that is then gone.
 
     None where not even those could be taken: the run itself will say why.
     """
-    ((_, result),) = side_by_side(_probe, [(run, test)], count=1)
+    ((_, result),) = side_by_side(_probe, [(run,)], count=1)
     return None if isinstance(result, Exception) else result
 
 
-def _probe(run: Run, test: HeldOut, _progress: Progress) -> tuple[float, int]:
+def _probe(run: Run, _progress: Progress) -> tuple[float, int]:
     folder = tempfile.mkdtemp(prefix="beyondlora-probe-")
     begun = time.monotonic()
     try:
@@ -338,10 +338,11 @@ def _probe(run: Run, test: HeldOut, _progress: Progress) -> tuple[float, int]:
         rows = RunFolder(folder).rows()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    return _extrapolated(run.recipe, test, rows, time.monotonic() - begun)
+    return _extrapolated(run.recipe, rows, time.monotonic() - begun)
 
 
-def _extrapolated(recipe: Recipe, test: HeldOut, rows: Sequence[Mapping[str, Any]], wall: float) -> tuple[float, int]:
+def _extrapolated(recipe: Recipe, rows: Sequence[Mapping[str, Any]], wall: float) -> tuple[float, int]:
+    """What the steps of a probe promise of the whole run: its test rows are taken to last as its validation rows."""
     logged = [row for row in rows if "loss" in row]
     if len(logged) < 3:  # diverged at once
         return wall, max(recipe.max_steps, 1)
