@@ -89,6 +89,17 @@ def test_the_lora_factors_are_a_pair_of_the_adapters_rank_with_the_scaling_in_b(
 
 
 @every_row
+def test_what_is_adopted_is_the_weight_update_whatever_the_scaling(row: Row) -> None:
+    adapter, up, down = row.build(6, 5, 3), inputs(5, 3), inputs(3, 6, seed=1)
+    if adapter.sum_refusal:
+        with pytest.raises(ValueError, match="the core is nonlinear"):
+            adapter.adopt(up, down)
+        return
+    adapter.adopt(up, down)
+    np.testing.assert_allclose(adapter.delta_weight().detach().numpy(), (up @ down).numpy(), **ROUNDING)
+
+
+@every_row
 def test_delta_weight_is_the_branch_exactly_where_no_warning_says_otherwise(row: Row) -> None:
     adapter, x = row.build(6, 5, 3), inputs(7, 6)
     if adapter.merge_refusal:

@@ -155,5 +155,10 @@ def test_nonsense_grids_are_refused(kind: str, grid: dict[str, Any], message: st
         SPLINES[kind](3, **grid)
 
 
+def test_an_interval_has_the_knot_that_it_begins_with() -> None:
+    knots = torch.linspace(-1, 1, 6)
+    assert PooledSpline(2).occupancy(torch.cat([knots, knots - 2])).tolist() == [5, 2, 1, 1, 1, 1, 1]
+
+
 def test_repr_shows_the_grid() -> None:
     assert repr(PooledSpline(2)) == "PooledSpline(grid_size=5, order=3, grid_range=(-1.0, 1.0))"

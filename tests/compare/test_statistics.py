@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from beyondlora.compare.metrics import METRICS
-from beyondlora.compare.statistics import JACKKNIFED, compare_pairs, compare_with, holm, set_apart
+from beyondlora.compare.statistics import JACKKNIFED, compare_pairs, compare_with, holm, set_apart, sets_margin
 
 ROWS = 60
 
@@ -135,6 +135,15 @@ def test_seeds_that_are_all_equal_by_chance_set_no_other_method_apart():
     assert set_apart(figures) == []
 
 
+def test_a_method_sets_the_margin_where_without_it_that_would_be_less_than_half():
+    seeds = np.array([-1.0, 0.0, 1.0])
+    for spread, told in ((np.sqrt(9.9), None), (np.sqrt(10.1), "wide")):  # (1 + 1 + 10) / 3 is four times as much as 1
+        figures = {"a": seeds, "b": seeds + 5, "wide": spread * seeds}
+        assert set_apart(figures) == []
+        assert sets_margin(figures) == told
+    assert sets_margin({"a": seeds, "wide": 100 * seeds}) is None  # of two neither is the others
+
+
 # Against scipy and laws ----------------------------------------------------------------------------------------------
 
 
@@ -146,6 +155,9 @@ def test_where_rows_agree_the_p_value_is_that_of_a_t_test_over_seeds():
     interval = expected.confidence_interval(0.95)
     assert found.p == pytest.approx(expected.pvalue, rel=1e-6)
     assert (found.low, found.high) == pytest.approx((interval.low, interval.high), rel=1e-6)
+    error = (interval.high - interval.low) / 2 / stats.t.isf(0.025, 6)
+    # The difference that leaves 0 outside its interval but in one of five times.
+    assert found.detectable == pytest.approx((stats.t.isf(0.025, 6) + stats.t.isf(0.2, 6)) * error, rel=1e-6)
 
 
 def test_where_seeds_agree_the_interval_is_that_of_a_paired_test_over_rows():
@@ -158,6 +170,16 @@ def test_where_seeds_agree_the_interval_is_that_of_a_paired_test_over_rows():
     width = expected.high - expected.low
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=0.03 * width)  # resampling
     assert (found.rows_low, found.rows_high) == pytest.approx((expected.low, expected.high), abs=0.06 * width)
+
+
+def test_the_error_over_few_rows_is_not_the_smaller_one_of_resampling():
+    """Which divides by n: of 20 rows that is 2.5 % less; 20,000 samples have the error to 0.5 %."""
+    draw = np.random.default_rng(3)
+    first, second = draw.normal(size=(2, 20))
+    grid = [{"x": np.repeat(values[None], 2, axis=0)} for values in (first, second)]
+    found = compare_with(grid[0], {"1": grid[1]}, mean, higher_is_better=True, resamples=20_000)["1"]
+    expected = stats.ttest_rel(second, first).confidence_interval(0.95)
+    assert found.high - found.low == pytest.approx(expected.high - expected.low, rel=0.012)
 
 
 def test_intervals_of_several_methods_are_as_wide_as_bonferroni_asks():

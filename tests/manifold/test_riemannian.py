@@ -7,6 +7,7 @@ Legend of the shape suffixes: T tokens, N inputs, M outputs, R rank.
 import collections
 import copy
 import gc
+import math
 import sys
 import threading
 import weakref
@@ -727,21 +728,45 @@ def test_a_compiled_step_is_the_same_step(nested: bool) -> None:
     assert set(riemannian._steps) <= before
 
 
-@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_a_step_that_is_not_finite_is_refused_and_the_factors_put_back(poison: float) -> None:
+class Smoothing(Optimizer):
+    """Takes what is no number for zero."""
+
+    def __init__(self, weights: list[nn.Parameter]) -> None:
+        super().__init__(weights, {})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for weight in self.param_groups[0]["params"]:
+            weight.sub_(0.1 * weight.grad.nan_to_num(0.0, 0.0, 0.0))
+
+
+FAULTS: dict[str, tuple[float, Callable[[list[nn.Parameter]], Optimizer]]] = {
+    "nan": (math.nan, lambda weights: torch.optim.SGD(weights, 0.1)),
+    "infinity": (math.inf, lambda weights: torch.optim.SGD(weights, 0.1)),
+    "a gradient whose step is finite": (math.nan, Smoothing),
+    "the step alone": (1.0, lambda weights: torch.optim.SGD(weights, math.inf)),
+}
+
+
+@pytest.mark.parametrize("form", [{}, {"dtype": torch.float64}, {"retraction": "exp_map"}], ids=str)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_step_that_is_not_finite_is_refused_and_the_factors_put_back(fault: str, form: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    layers = [StiefelLinear(3, 8), StiefelLinear(8, 3)]
-    optimizer = torch.optim.SGD([layer.weight for layer in layers], 0.1)
-    before = [layer.weight.detach().clone() for layer in layers]
-    for layer in layers:
-        layer.weight.grad = torch.randn_like(layer.weight)
+    layers = [StiefelLinear(3, 8, **form), StiefelLinear(8, 3, **form)]
+    weights = [layer.weight for layer in layers]
+    before = [weight.detach().clone() for weight in weights]
+    poison, make = FAULTS[fault]
+    optimizer = make(weights)
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
     layers[1].weight.grad[0, 0] = poison
-    with pytest.raises(FloatingPointError, match=r"SGD made Stiefel factors nan or infinite.*put back"):
+    name = type(optimizer).__name__
+    with pytest.raises(FloatingPointError, match=rf"{name} made Stiefel factors nan or infinite.*put back"):
         optimizer.step()
-    assert all(torch.equal(layer.weight, value) for layer, value in zip(layers, before, strict=True))
-    for layer in layers:
-        layer.weight.grad = torch.randn_like(layer.weight)
-    optimizer.step()
+    assert all(torch.equal(weight, value) for weight, value in zip(weights, before, strict=True))
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
+    torch.optim.SGD(weights, 0.1).step()
     assert all(distance_to_stiefel(layer.orthonormal) < 1e-6 for layer in layers)
 
 

@@ -154,7 +154,7 @@ def test_adapters_that_train_a_head_have_no_weighted_sum():
 
 @every_method
 def test_a_hotswapped_adapter_is_the_loaded_one(method, tmp_path):
-    other = trained(method, seed=5, lora_alpha=3, alpha_pattern={"k_proj": 5.0})
+    other = trained(method, seed=5, lora_alpha=3, alpha_pattern={"k_proj": 5.0}, use_rslora=True)
     other.save_pretrained(tmp_path)
     model = trained(method)
     addresses = {name: p.data_ptr() for name, p in model.named_parameters()}
@@ -184,6 +184,8 @@ def test_a_hotswapped_file_in_half_precision_is_put_back_on_the_manifold(tmp_pat
         (StellaConfig(r=3, target_modules=["first"]), "has shape .* hotswapping needs equal ranks"),
         (StellaConfig(r=2, target_modules=["first", "second"]), "do not have the same layers"),
         (StellaConfig(r=2, target_modules=["first"], stella_diag_s=True), "stella_diag_s is True in the other adapter"),
+        (StellaConfig(r=2, target_modules=["first"], lora_dropout=0.1), "lora_dropout is 0.1 in the other adapter"),
+        (StellaConfig(r=2, target_modules=["first"], modules_to_save=["second"]), "modules_to_save is .*'second'"),
         (CeraConfig(r=2, target_modules=["first"]), "A CeraConfig cannot take the place of a StellaConfig"),
         (LoraConfig(r=2, target_modules=["first"]), "A LoraConfig cannot take the place of a StellaConfig"),
     ],

@@ -195,6 +195,16 @@ def test_merged_the_experts_are_the_class_they_were(method, build):
 
 
 @every_form
+def test_disabled_while_they_are_merged_the_experts_are_the_base_models(build):
+    model = adapted(next(m for m in METHODS if m.name == "stella"), build())
+    live = logits(model)
+    model.merge_adapter()
+    with model.disable_adapter():
+        torch.testing.assert_close(logits(model), logits(build()), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(model), live, rtol=1e-4, atol=1e-4)
+
+
+@every_form
 @one_of_each_paper
 def test_unloaded_nothing_is_left(method, build):
     base = adapted(method, build()).unload()
