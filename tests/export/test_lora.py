@@ -14,7 +14,7 @@ from methods import METHODS, every_method, since_peft_0_21
 from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 import beyondlora
 from beyondlora.export import lora_gap
@@ -90,8 +90,13 @@ def test_a_static_form_warns(tmp_path):
 def test_the_gap_is_the_one_between_the_outputs(tmp_path):
     """Recomputed here from the layers' own inputs and PEFT's own merged layers."""
     model = adapter(METHODS[2], init_lora_weights=False)
-    batch = {"input_ids": small_models.tokens()}
-    gap = lora_gap(model, [batch])
+    rows = [{"input_ids": row[None]} for row in small_models.tokens()]
+    gap, *others = (lora_gap(model, batches) for batches in ([{"input_ids": small_models.tokens()}], rows, rows[::-1]))
+    for other in others:  # wherever the batches are cut, and whichever comes last
+        figures = [(g.logits_max, g.logits_relative, g.adapter_relative, g.top1_agreement) for g in (other, gap)]
+        assert figures[0] == pytest.approx(figures[1], rel=1e-4)
+        assert other.layers == pytest.approx(gap.layers, rel=1e-4)
+        assert other.tokens == gap.tokens
     path = "model.layers.0.self_attn.q_proj"
     layer, inputs = model.base_model.model.get_submodule(path), []
     handle = layer.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
@@ -131,6 +136,16 @@ def test_conv1d_of_gpt2(tmp_path):
     beyondlora.export_lora(model, tmp_path / "lora", base_model=BASE)
     loaded = PeftModel.from_pretrained(small_models.gpt2(), str(tmp_path / "lora"))
     torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-5)
+
+
+def test_an_encoder_and_a_decoder_are_compared_on_a_prompt_for_each(tmp_path):
+    torch.manual_seed(0)
+    base = T5ForConditionalGeneration(T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
+    model = get_peft_model(base, beyondlora.StellaConfig(r=2, target_modules=["q", "v"], task_type="SEQ_2_SEQ_LM"))
+    record = beyondlora.export_lora(model, tmp_path / "lora", base_model=BASE)
+    assert record["compared_on"].startswith("random tokens")
+    assert record["logits_relative"] < 1e-5
+    assert any(".decoder." in f".{path}" for path in record["layers"])
 
 
 def test_a_single_number_has_no_first_class_to_agree_on(tmp_path, capsys):
