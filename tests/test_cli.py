@@ -61,6 +61,14 @@ def test_help_loads_nothing_heavy_and_answers_at_once():
     assert min(seconds) < 0.6  # of processor time, on a busy machine; 0.2 s on a quiet one
 
 
+def test_usage_names_every_argument_once():
+    for command, argument in [("train", "RECIPE"), ("doctor", "RECIPE"), ("analyse", "ADAPTER"), ("import", "SOURCE")]:
+        usage = next(line for line in call(command, "--help").stdout.splitlines() if "Usage:" in line)
+        assert usage.count(argument) == 1, usage
+        assert "[[" not in usage, usage
+        assert "...}" not in usage, usage
+
+
 def test_version():
     assert call("--version").stdout == f"beyondlora {__version__}\n"
 

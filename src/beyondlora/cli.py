@@ -22,7 +22,7 @@ from rich.markup import escape
 
 from . import __version__, chatter  # noqa: F401  (which works by being imported)
 from .interrupts import ASKED_TO_END, Terminated, terminate
-from .recipe import Recipe, apply_override
+from .recipe import EXPLAINED, Recipe, apply_override
 from .run_folder import RunFolder, finite
 from .tables import show, show_analysis, show_figures, show_gap
 
@@ -74,7 +74,7 @@ def beyondlora(
 def train(
     recipe: Annotated[
         Path,
-        typer.Argument(help="A recipe (YAML); its keys are documented at beyondlora.recipe.Recipe.", metavar="RECIPE"),
+        typer.Argument(help=f"A recipe (YAML). Its keys: {EXPLAINED}", metavar="RECIPE"),
     ],
     set_: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in output_dir where it stopped.")] = False,
@@ -101,7 +101,7 @@ def train(
 def evaluate(
     target: Annotated[Path, typer.Argument(help="A run folder, or an adapter folder.", metavar="RUN_OR_ADAPTER")],
     data: Annotated[
-        str | None, typer.Option(help="What to evaluate on. Default: the run's own evaluation rows.")
+        str | None, typer.Option(help="File, folder or hub name to evaluate on. Default: the run's evaluation rows.")
     ] = None,
     merged: Annotated[bool, typer.Option("--merged", help="Fold the adapter into the base weights first.")] = False,
     recipe: Annotated[
@@ -110,11 +110,11 @@ def evaluate(
     set_: Overrides = None,
     keep: Annotated[
         Path | None,
-        typer.Option(help="A file (JSON lines) for what the recipe asks, and what was answered."),
+        typer.Option(help="Write the questions of the recipe's metrics and the model's answers here (JSON lines)."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Measure an adapter: loss, perplexity, accuracy, correlations, what the recipe's metrics ask; with errors."""
+    """Measure an adapter: loss, accuracy, correlations, the recipe's metrics; each with its standard error."""
     with _explained():
         source = recipe or RunFolder(target).recipe
         if set_ and not source.exists():
@@ -137,15 +137,15 @@ def evaluate(
 @app.command()
 def analyse(
     targets: Annotated[
-        list[Path], typer.Argument(help="Run folders or adapter folders, of one base model.", metavar="ADAPTER...")
+        list[Path], typer.Argument(help="Run folders or adapter folders, of one base model.", metavar="ADAPTER")
     ],
     data: Annotated[
-        str | None, typer.Option(help="What to run through the model. Default: the runs' own evaluation rows.")
+        str | None, typer.Option(help="File, folder or hub name to run through it. Default: the runs' evaluation rows.")
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for analysis.json, layers.csv, spectra.csv and the pictures.")
     ] = None,
-    max_tokens: Annotated[int, typer.Option(help="The first so many tokens of the data.")] = 16_384,
+    max_tokens: Annotated[int, typer.Option(help="Stop after so many tokens of the data.")] = 16_384,
     recipe: Annotated[Path | None, typer.Option(help="How to read the data. Default: as each run did.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
@@ -176,10 +176,10 @@ def export(
         str | None,
         typer.Option(
             metavar="DATA",
-            help="For an adapter that is no weight update: fit the nearest LoRA on DATA (train: the run's own rows).",
+            help="Fit the nearest LoRA to a nonlinear adapter on DATA ('train': the run's training rows).",
         ),
     ] = None,
-    rank: Annotated[int | None, typer.Option(help="Of the distilled LoRA. Default: the adapter's.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of the distilled LoRA. Default: the adapter's.")] = None,
     round_rank: Annotated[
         bool, typer.Option("--round-rank", help="Pad the rank to one that vLLM takes as --max-lora-rank.")
     ] = False,
@@ -187,14 +187,17 @@ def export(
         bool, typer.Option("--report", help="Compare on all evaluation rows: each layer, loss, perplexity, agreement.")
     ] = False,
     data: Annotated[
-        str | None, typer.Option(help="What to compare on. Default: the run's own evaluation rows, or a few prompts.")
+        str | None,
+        typer.Option(
+            help="File, folder or hub name to compare on. Default: the run's evaluation rows, or a few prompts."
+        ),
     ] = None,
     recipe: Annotated[
         Path | None, typer.Option(help="How to read the data, for an adapter that belongs to no run.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print what export.json holds.")] = False,
 ) -> None:
-    """Write what a server loads: a plain LoRA or a merged model, compared with the live adapter before it counts."""
+    """Write what a server loads, a plain LoRA or a merged model, once it has been compared with the live adapter."""
     with _explained():
         named = target.parent if RunFolder(target.parent).recipe.exists() else target  # beside the run, not in it
         named = named if named.name not in ("", "..") else named.resolve()
@@ -224,17 +227,19 @@ def export(
 
 @app.command("import")
 def import_(
-    source: Annotated[Path, typer.Argument(help="An authors' checkpoint (.pt), or an adapter folder of theirs.")],
+    source: Annotated[
+        Path, typer.Argument(help="An authors' checkpoint (.pt), or an adapter folder of theirs.", metavar="SOURCE")
+    ],
     out: Annotated[Path, typer.Option(help="The adapter folder to write.")],
     base_model: Annotated[
-        str | None, typer.Option(help="Folder or hub name of the base model. Default: as an adapter folder says.")
+        str | None, typer.Option(help="Folder or hub name of the base model. Default: what the adapter folder names.")
     ] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="What the source cannot say: a key of the adapter's config."),
+        typer.Option("--set", metavar="KEY=VALUE", help="A key of the adapter's config that the source does not hold."),
     ] = None,
 ) -> None:
-    """Turn the authors' own files into an adapter folder of ours; nothing missing, nothing left over."""
+    """Turn the authors' own files into an adapter folder; a tensor missing or left over is an error."""
     with _explained():
         settings = dict[str, Any]()
         for setting in set_ or ():
@@ -254,7 +259,7 @@ def import_(
 @app.command()
 def demo(
     output: Annotated[
-        Path | None, typer.Option(help="Where the runs go. Default: runs/demo, or runs/demo-2, ...")
+        Path | None, typer.Option(help="Folder for the runs. Default: runs/demo, or runs/demo-2, ...")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted demo in --output.")] = False,
 ) -> None:
@@ -281,11 +286,15 @@ def compare(
         Path, typer.Argument(help="A grid (YAML): a recipe with methods, learning rates and seeds.", metavar="GRID")
     ],
     set_: Overrides = None,
-    jobs: Annotated[int | None, typer.Option(min=1, help="Runs side by side. Default: one a core.")] = None,
-    join: Annotated[
-        list[Path] | None, typer.Option(help="The output folder of another comparison, to stand in the table too.")
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Runs side by side. Default: one per core, or one on an accelerator.")
     ] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Begin a grid of many runs or hours.")] = False,
+    join: Annotated[
+        list[Path] | None, typer.Option(help="Output folder of another comparison, whose runs join the table.")
+    ] = None,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Start although the grid has over 60 runs or takes over an hour.")
+    ] = False,
 ) -> None:
     """Compare methods fairly: search learning rates for all alike, repeat seeds, and say what is noise."""
     with _explained():
@@ -318,7 +327,7 @@ def compare(
 @app.command()
 def doctor(
     recipe: Annotated[
-        Path | None, typer.Argument(help="A recipe: will it run? Without one: what works here?", metavar="[RECIPE]")
+        Path | None, typer.Argument(help="A recipe: will it run? Without one: what works here?", metavar="RECIPE")
     ] = None,
     set_: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
