@@ -61,7 +61,9 @@ class AdapterConfig(PeftConfig):
     r: int = option("Rank R of the bottleneck, at least 1.", default=8)
     lora_alpha: float | None = option("Scaling numerator: s = lora_alpha / r. None means s = 1.", default=None)
     lora_dropout: float = option("Dropout probability in [0, 1), in training only.", default=0.0)
-    use_rslora: bool = option("Scale by lora_alpha / sqrt(r) instead of lora_alpha / r.", default=False)
+    use_rslora: bool = option(
+        "Scale by lora_alpha / sqrt(r) instead of lora_alpha / r; no effect where lora_alpha is None.", default=False
+    )
     target_modules: list[str] | set[str] | str | None = option(
         "Names (or ends of names) of the layers to adapt, a regular expression, or 'all-linear'. "
         "Default: the architecture's LoRA targets.",
@@ -77,20 +79,23 @@ class AdapterConfig(PeftConfig):
     )
     modules_to_save: list[str] | None = option("Other modules to train in full and to save.", default=None)
     bias: str = option("Biases to train: 'none', 'all' or '<method>_only'.", default="none")
-    layers_to_transform: list[int] | int | None = option("Indices of the layers to adapt.", default=None)
-    layers_pattern: list[str] | str | None = option("Name of the module list that the indices count in.", default=None)
+    layers_to_transform: list[int] | int | None = option("Adapt only the blocks with these indices.", default=None)
+    layers_pattern: list[str] | str | None = option(
+        "Name of the module list that layers_to_transform counts in.", default=None
+    )
     rank_pattern: dict[str, int] = option("Ranks that differ from r, by layer name or pattern.", default_factory=dict)
     alpha_pattern: dict[str, float] = option(
         "Alphas that differ from lora_alpha, by layer name or pattern.", default_factory=dict
     )
     fan_in_fan_out: bool = option(
-        "The layer stores (in, out), like GPT-2's Conv1D (found out by itself).", default=False
+        "The layer stores (in, out), like GPT-2's Conv1D; set automatically there.", default=False
     )
     init_lora_weights: bool | str = option(
-        "True: the method's own start. False: random, no start from the base model's outputs.", default=True
+        "True: the method's own start. False: random weights, which change the base model's outputs from the start.",
+        default=True,
     )
     trainable_token_indices: list[int] | dict[str, list[int]] | None = option(
-        "Embedding rows to train as well.", default=None
+        "Token indices whose embedding rows are trained as well.", default=None
     )
 
     def __post_init__(self) -> None:

@@ -18,7 +18,8 @@ from .model import AdapterModel
 class CeraConfig(AdapterConfig):
     """CeRA (arXiv 2602.22911): a SiLU-gated bottleneck with dropout, s · B · D_p(SiLU(A x)).
 
-    `lora_dropout` acts on the bottleneck units; `lora_alpha=None` means the paper's s = 1. Cannot be merged.
+    `lora_dropout` acts on the bottleneck units; `lora_alpha=None` means the paper's s = 1. Merging is refused,
+    except beside embeddings and with `cera_activation="identity"`, where the adapter is a weight update.
     """
 
     method: ClassVar[str] = "cera"
@@ -70,9 +71,16 @@ class AuroraConfig(AdapterConfig):
 
     r: int = option("Rank R of the bottleneck, at least 1.", default=2)
     lora_alpha: float | None = option("Scaling numerator: s = lora_alpha / r. None means s = 1.", default=4)
-    aurora_mode: Literal["dynamic", "static"] = option("'static' trains s · B · σ(A) directly.", default="dynamic")
-    aurora_spline: Literal["pooled", "per_dim"] = option("Reading of the spline term.", default="pooled")
-    aurora_activation: Literal["tanh", "leaky_relu", "sigmoid"] = option("Of the fixed part.", default="tanh")
+    aurora_mode: Literal["dynamic", "static"] = option(
+        "'dynamic': s · B · σ(A x); 'static': the weight update s · B · σ(A), which merges exactly.", default="dynamic"
+    )
+    aurora_spline: Literal["pooled", "per_dim"] = option(
+        "Spline term: 'pooled' sums the basis over z (the paper's shapes), 'per_dim' is element-wise (KAN).",
+        default="pooled",
+    )
+    aurora_activation: Literal["tanh", "leaky_relu", "sigmoid"] = option(
+        "Activation of the fixed part.", default="tanh"
+    )
     aurora_fixed: bool = option("Keep the fixed part act(H · act(z)).", default=True)
     aurora_learnable: bool = option("Keep the learnable spline part.", default=True)
     aurora_grid_size: int = option("G, number of grid intervals.", default=5)
@@ -133,12 +141,14 @@ class StellaConfig(AdapterConfig):
 
     lora_alpha: float | None = option("Scaling numerator: s = lora_alpha / r. None means s = 1.", default=8)
     init_lora_weights: bool | Literal["rando", "zero", "svd_major", "svd_minor"] = option(
-        "True or 'rando': random orthonormal U and V, S = I; 'zero': the same with S = 0; 'svd_major', 'svd_minor': "
-        "leading, trailing singular vectors of the base weight. Only with 'zero' does training start from the base "
-        "model's outputs, which DPO and its like take for granted.",
+        "True, False or 'rando': random orthonormal U and V, S = I; 'zero': the same with S = 0; 'svd_major', "
+        "'svd_minor': leading, trailing singular vectors of the base weight. Only with 'zero' does training start from "
+        "the base model's outputs, which DPO and its like take for granted.",
         default=True,
     )
-    stella_retraction: Literal["polar", "exp_map"] = option("The way back to the manifold.", default="polar")
+    stella_retraction: Literal["polar", "exp_map"] = option(
+        "How a step returns to the manifold: polar factor or geodesic.", default="polar"
+    )
     stella_diag_s: bool = option("S diagonal instead of dense.", default=False)
     stella_grad_scaling: bool | float = option(
         "Scale the steps of U and V by sqrt(d / rows): True takes d = the model's hidden size (the layer's input width "
