@@ -13,6 +13,7 @@ import small_models
 import yaml
 from shared_data import SHARED, needs_shared
 
+from beyondlora.compare.grid import Grid
 from beyondlora.export.folder import serving_command
 from beyondlora.recipe import Recipe
 
@@ -53,7 +54,8 @@ RECIPES = [text for place, text in blocks("yaml") if place.startswith("docs/reci
 
 @pytest.mark.parametrize("text", RECIPES, ids=[text.split("\n")[0] for text in RECIPES])
 def test_the_keys_and_values_of_documented_recipes_are_a_recipes(text):
-    Recipe.from_mapping({**yaml.safe_load(RECIPES[0]), **yaml.safe_load(text)})
+    values = {**yaml.safe_load(RECIPES[0]), **yaml.safe_load(text)}
+    (Grid if "grid" in values else Recipe).from_mapping(values)
 
 
 @pytest.mark.parametrize("command", [c for _, c in commands() if c.startswith("make ")])
