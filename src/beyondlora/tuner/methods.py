@@ -131,7 +131,9 @@ class AuroraModel(AdapterModel):
 
 @dataclass
 class StellaConfig(AdapterConfig):
-    """StelLA (arXiv 2510.01938): s · U S Vᵀ x with U and V on Stiefel manifolds, by any torch optimizer.
+    """StelLA (arXiv 2510.01938): s · U S Vᵀ x with U and V on Stiefel manifolds.
+
+    The step on the manifolds is taken around any torch optimizer but LBFGS and schedule-free ones, which are refused.
 
     Fields, names and defaults are those of the authors' package, whose adapter folders load unchanged. The start is
     not a no-op unless `init_lora_weights="zero"`.
