@@ -8,11 +8,20 @@ import small_runs
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    DebertaV2Config,
+    DebertaV2ForMaskedLM,
+    DistilBertConfig,
+    DistilBertModel,
+    XLNetConfig,
+    XLNetModel,
+)
 from typer.testing import CliRunner
 
 from beyondlora.cli import app
 from beyondlora.evaluate import evaluate
+from beyondlora.models import load_base
 from beyondlora.recipe import Recipe
 from beyondlora.train import train
 
@@ -41,6 +50,46 @@ def loss(result):
 @pytest.mark.parametrize("name", small_runs.ADAPTERS)
 def test_evaluating_a_run_gives_the_figures_of_its_training(name, runs):
     assert evaluate(runs / name)["metrics"] == json.loads((runs / name / "metrics.json").read_text())["metrics"]
+
+
+def deberta():
+    """Without its pooler, as DeBERTa is published."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return DebertaV2ForMaskedLM(DebertaV2Config(vocab_size=64, **sizes))
+
+
+def distilbert():
+    return DistilBertModel(DistilBertConfig(vocab_size=64, dim=16, n_layers=1, n_heads=2))
+
+
+def xlnet():
+    return XLNetModel(XLNetConfig(vocab_size=64, d_model=16, n_layer=1, n_head=2, d_inner=16))
+
+
+@pytest.mark.parametrize(
+    ("body", "targets"), [(deberta, ["query_proj"]), (distilbert, "all-linear"), (xlnet, ["layer_1"])]
+)
+def test_whatever_of_a_head_was_begun_anew_is_trained_and_kept(body, targets, house, tmp_path):
+    """PEFT knows heads called classifier or score; a pooler or another head would be random in every evaluation."""
+    changes = CLASSES | {"adapter": {"peft_type": "LORA", "target_modules": targets}}
+    base, rows = small_runs.base(tmp_path / "base", body()), str(house / "sentences.jsonl")
+    train(small_runs.recipe(tmp_path, **changes, model_name_or_path=str(base), dataset_name=rows))
+    trained = json.loads((tmp_path / "run" / "metrics.json").read_text())["metrics"]
+    assert evaluate(tmp_path / "run")["metrics"] == trained
+
+
+def test_a_head_that_an_adapter_does_not_hold_is_not_drawn_for_it(house, tmp_path):
+    rows = str(house / "sentences.jsonl")
+    base = str(small_runs.base(tmp_path / "base", deberta()))
+    recipe = small_runs.recipe(tmp_path, **CLASSES, model_name_or_path=base, dataset_name=rows)
+    model = load_base(base, task=recipe.task, num_labels=2)
+    config = LoraConfig(target_modules=["query_proj"], task_type="SEQ_CLS")
+    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"pooler of the base model is begun anew, .* would be random"):
+        evaluate(tmp_path / "adapter", recipe=recipe)
+    tokens = {"peft_type": "TRAINABLE_TOKENS", "token_indices": [5], "target_modules": ["word_embeddings"]}
+    with pytest.raises(ValueError, match="TRAINABLE_TOKENS trains no head, and pooler of this model"):
+        train(recipe.replace(adapter=tokens))
 
 
 def test_the_batch_size_does_not_matter(runs):

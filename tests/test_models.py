@@ -227,6 +227,20 @@ def test_damaged_weights_are_said_so(stories):
         models.load_base(str(stories), task="causal-lm")
 
 
+def test_a_body_that_misfits_is_refused_whatever_its_class_calls_it(tmp_path):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    vision = {**sizes, "image_size": 16, "patch_size": 8}
+    model = transformers.CLIPForImageClassification(transformers.CLIPConfig(vision_config=vision, num_labels=2))
+    model.save_pretrained(tmp_path)
+    assert models.begun_anew(models.load_base(str(tmp_path), task="image-classification", num_labels=2)) == []
+    assert models.begun_anew(models.load_base(str(tmp_path), task="image-classification", num_labels=3)) == [
+        "classifier"
+    ]
+    edit(tmp_path / "config.json", vision_config={**vision, "intermediate_size": 24})
+    with pytest.raises(ValueError, match=r"weights are missing or have another shape .*vision_model"):
+        models.load_base(str(tmp_path), task="image-classification", num_labels=3)
+
+
 # Tokenizers and image processors --------------------------------------------------------------------------------------
 
 

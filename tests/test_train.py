@@ -13,7 +13,7 @@ import pytest
 import small_runs
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import CLIPConfig, CLIPForImageClassification, ViTConfig, ViTForImageClassification
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import beyondlora.train
@@ -175,6 +175,16 @@ def test_an_image_classifier_trains_and_saves_its_head(recipe):
     trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
     assert any(name.endswith("classifier.modules_to_save.default.weight") for name in trained)
     assert "base_model.model.classifier.weight" in get_peft_model_state_dict(model)
+
+
+def test_a_body_that_is_not_called_as_its_class_says_is_no_head(recipe):
+    """CLIP's prefix is clip, and its body vision_model, which was trained and saved whole."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    base = CLIPForImageClassification(CLIPConfig(vision_config={**sizes, "image_size": 16, "patch_size": 8}))
+    images = recipe(task="image-classification", adapter={"peft_type": "LORA", "target_modules": ["q_proj"]})
+    model = attach(base, config_from(images), images)
+    trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
+    assert {name.split(".")[2] for name in trained if "lora_" not in name} == {"classifier"}
 
 
 # Interrupted and resumed ---------------------------------------------------------------------------------------------

@@ -23,13 +23,13 @@ import torch
 import transformers
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.utils import load_peft_weights
+from peft.utils import ModulesToSaveWrapper, load_peft_weights
 
 from . import processes
-from .models import quiet_transformers
+from .models import begun_anew, quiet_transformers
 from .recipe import Recipe
 from .run_folder import replacing, write_text
-from .tuner.checks import check_modules_to_save
+from .tuner.checks import HEADS, check_modules_to_save
 from .tuner.config import AdapterConfig
 
 Trained = PeftModel | transformers.PreTrainedModel
@@ -53,6 +53,8 @@ PEFT_TASKS = {
     "sequence-regression": "SEQ_CLS",
     "image-classification": None,  # PEFT has no name for it
 }
+
+HEAD = re.compile("classifier|score|head")  # of images, for which PEFT has no task
 
 # What PEFT and a method make of settings that cannot work.
 BAD_SETTINGS = (TypeError, ValueError, AttributeError, LookupError, re.error)
@@ -139,14 +141,19 @@ def _nearest(name: str, known: list[str]) -> str:
 
 
 def attach(base: Any, config: Any, recipe: Recipe) -> Trained:
-    """Put a new adapter on a base model; a head that PEFT does not know as one is trained and saved with it.
+    """Put a new adapter on a base model; what was begun anew there, and every head, is trained and saved with it.
 
     Full fine-tuning attaches nothing: it is the base model that is returned. Raises: ValueError.
     """
     if isinstance(config, FullFineTuning):
         return base
-    if recipe.task == "image-classification" and getattr(config, "modules_to_save", None) is None:
-        config.modules_to_save = [name for name, _ in base.named_children() if name != base.base_model_prefix]
+    heads = begun_anew(base)
+    if recipe.task == "image-classification":
+        heads = [*heads, *(name for name, _ in base.named_children() if HEAD.search(name))]
+    else:
+        heads = [name for name in heads if name not in HEADS]  # which PEFT adds
+    if heads and hasattr(config, "modules_to_save"):
+        config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or ()), *heads]))
     if recipe.gradient_checkpointing:
         base.enable_input_require_grads()
     try:
@@ -155,7 +162,18 @@ def attach(base: Any, config: Any, recipe: Recipe) -> Trained:
             model: PeftModel = get_peft_model(base, config)
     except BAD_SETTINGS as error:
         raise ValueError(f"adapter: {error}") from error
+    if lost := _not_kept(base):
+        raise ValueError(
+            f"adapter: {recipe.adapter['peft_type']} trains no head, and {lost[0]} of this model is begun anew: it "
+            "would stay random. Choose another method, or a model that has its head."
+        )
     return model
+
+
+def _not_kept(base: Any) -> list[str]:
+    """What was begun anew in a base model and does not belong to the adapter on it."""
+    kept = [name for name, module in base.named_modules() if isinstance(module, ModulesToSaveWrapper)]
+    return [name for name in begun_anew(base) if not any(f"{name}.".startswith(f"{outer}.") for outer in kept)]
 
 
 def count_parameters(model: Trained) -> tuple[int, int]:
@@ -211,6 +229,11 @@ def _load_adapter(folder: Path, base: torch.nn.Module) -> PeftModel:
     except BAD_SETTINGS as error:
         raise ValueError(f"The adapter in {folder} does not fit its base model: {error}") from error
     load_weights(model, folder)
+    if lost := _not_kept(base):
+        raise ValueError(
+            f"{lost[0]} of the base model is begun anew, and the adapter in {folder} does not hold it (by itself PEFT "
+            "keeps heads called classifier or score alone): its outputs would be random. Train again."
+        )
     return model.eval()
 
 

@@ -43,6 +43,7 @@ _AUTO_CLASSES: dict[str, Any] = {
 _CONFIG_CLASS = re.compile(r"configuration class <class '(?:\w+\.)*(\w+)'>")
 # What tables of learned positions are called.
 _POSITIONS = {"wpe", "position_embeddings", "embed_positions", "positions_embed"}
+_BEGUN = "_beyondlora_begun_anew"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -107,11 +108,18 @@ def load_base(
         model, report = _AUTO_CLASSES[task].from_pretrained(
             resolve_name(name_or_path), output_loading_info=True, ignore_mismatched_sizes=task != "causal-lm", **options
         )
-    body = "" if task == "causal-lm" else f"{model.base_model_prefix}."
-    _check_weights(name_or_path, body, report)
+    new = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
+    _check_weights(name_or_path, "" if task == "causal-lm" else f"{_body(model)}.", new)
+    setattr(model, _BEGUN, _outermost(model, new))
     if pad_token_id is not None and getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = pad_token_id
     return model
+
+
+def begun_anew(model: torch.nn.Module) -> list[str]:
+    """The modules of a model whose weights `load_base` drew, since the folder has none for them: heads, poolers."""
+    names: list[str] = getattr(model, _BEGUN, [])
+    return names
 
 
 def empty_base(name_or_path: str, *, task: str) -> PreTrainedModel:
@@ -309,11 +317,27 @@ def _quantization(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
-def _check_weights(name: str, body: str, report: dict[str, Any]) -> None:
+def _body(model: torch.nn.Module) -> str:
+    """The name of what a head is put on; in some families (CLIP, SigLIP) the class calls it otherwise: the largest."""
+    sizes = {name: sum(weight.numel() for weight in part.parameters()) for name, part in model.named_children()}
+    prefix: str = model.base_model_prefix  # type: ignore[assignment]
+    return prefix if prefix in sizes else max(sizes, key=lambda name: sizes[name])
+
+
+def _outermost(model: torch.nn.Module, new: set[str]) -> list[str]:
+    """The largest modules all of whose parameters are among these."""
+    found: list[str] = []
+    for name, module in model.named_modules():
+        weights = [f"{name}.{weight}" for weight, _ in module.named_parameters()]
+        if weights and new.issuperset(weights) and not name.startswith(tuple(f"{outer}." for outer in found)):
+            found.append(name)
+    return found
+
+
+def _check_weights(name: str, body: str, new: set[str]) -> None:
     """Only a task head, outside `body`, may be new: a body weight that is missing or misfits would be noise."""
-    not_loaded = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
     # Some encoders are published without their pooler, which counts as a part of the head.
-    noise = sorted(key for key in not_loaded if key.startswith(body) and "pooler" not in key)
+    noise = sorted(key for key in new if key.startswith(body) and "pooler" not in key)
     if noise:
         raise ValueError(
             f"model_name_or_path={name!r}: {len(noise)} weights are missing or have another shape than its config says "
