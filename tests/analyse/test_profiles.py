@@ -383,6 +383,17 @@ def test_two_adapters_at_once_are_refused():
         profile(model, batches())
 
 
+def test_layers_of_another_adapter_that_is_at_rest_are_left_out():
+    model = get_peft_model(small_models.llama(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    alone = profile(model, batches())
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False))
+    beside = profile(model, batches())
+    assert [layer.name for layer in beside] == [layer.name for layer in alone]
+    assert [layer.effective_rank for layer in beside] == [layer.effective_rank for layer in alone]
+    model.set_adapter("second")
+    assert all(layer.name.endswith("v_proj") for layer in profile(model, batches()))
+
+
 def test_an_untrained_adapter_is_refused_and_one_untrained_layer_is_left_without_figures():
     model = get_peft_model(small_models.llama(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
     with pytest.raises(ValueError, match="untrained"):

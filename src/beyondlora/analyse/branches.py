@@ -80,7 +80,8 @@ def find_branches(model: nn.Module) -> list[Branch | Whole]:
         if isinstance(module, BaseTunerLayer):
             name = name.removeprefix("base_model.model.")
             _check_attached(name, module)
-            found.append(_branch(name, module))
+            if any(_has(module, adapter) for adapter in module.active_adapters):  # others have adapters at rest alone
+                found.append(_branch(name, module))
     if not found:
         raise ValueError(
             f"{type(model).__name__} has no adapter beside any of its layers: it was merged, or never given one, or "
@@ -106,7 +107,7 @@ def _branch(name: str, layer: Any) -> Branch | Whole:
     active = [adapter for adapter in layer.active_adapters if _has(layer, adapter)]
     if len(active) != 1:
         raise ValueError(
-            f"{name}: {len(active)} adapters are active ({', '.join(active) or 'none'}), and a spectrum is of one. "
+            f"{name}: {len(active)} adapters are active ({', '.join(active)}), and a spectrum is of one. "
             "Choose it with model.set_adapter(name)."
         )
     if isinstance(layer, AdapterLayer):
