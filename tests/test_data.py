@@ -97,6 +97,14 @@ def test_parquet_gives_the_rows_and_their_class_names(tmp_path):
     assert rows.features["label"].names == ["no", "yes"]
 
 
+def test_parquet_columns_that_nobody_asked_for_may_hold_anything(tmp_path):
+    maps = pa.array([[("k", 1)], []], pa.map_(pa.string(), pa.int64()))  # `datasets` has no type for them
+    pq.write_table(pa.table({"s": ["a", "b"], "maps": maps}), tmp_path / "x.parquet")
+    assert data.read_rows(str(tmp_path / "x.parquet"), fields=["s"])[:] == {"s": ["a", "b"]}
+    with pytest.raises(ValueError, match="has no field 't'; its fields are s, maps"):
+        data.read_rows(str(tmp_path / "x.parquet"), fields=["t"])
+
+
 def test_a_text_file_is_one_text(write):
     assert data.read_rows(str(write("a.txt", "one\n\ntwo\r\n")))["text"][:] == ["one\n\ntwo\r\n"]
 

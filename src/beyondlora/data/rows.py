@@ -323,7 +323,9 @@ def _read_txt(path: Path, columns: Sequence[str] | None, fields: Sequence[str] |
 
 def _read_parquet(path: Path, columns: Sequence[str] | None, fields: Sequence[str] | None) -> datasets.Dataset:
     try:
-        return datasets.Dataset(pq.read_table(path, partitioning=None))
+        if fields is not None:  # others may hold what `datasets` has no type for, and much of it
+            _check_names(fields, pq.read_schema(path).names, str(path))
+        return datasets.Dataset(pq.read_table(path, columns=fields and list(fields), partitioning=None))
     except (pa.ArrowException, OSError) as error:
         raise ValueError(
             f"{path}: not a parquet file, or a damaged one ({' '.join(str(error).split())[:200]})"
