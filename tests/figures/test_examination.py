@@ -255,18 +255,29 @@ def test_greedy_answers_are_those_of_the_plain_loop_whatever_the_batch(examined)
     assert any(text for (text,) in expected)
 
 
-def test_the_models_own_generation_config_has_no_say(examined):
+OWN = {
+    **{"top_k": 1, "top_p": 0.1, "min_p": 0.9, "typical_p": 0.2, "temperature": 9.0},
+    **{"repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "min_new_tokens": 7, "suppress_tokens": [*range(4, 40)]},
+    **{"forced_eos_token_id": 2, "max_time": 1e-4, "max_length": 4, "stop_strings": ["a"]},
+    **{"prompt_lookup_num_tokens": 3, "return_dict_in_generate": True},
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_the_models_own_generation_config_has_no_say(name, examined):
     model, tokenizer, evaluation = examined
     questions = evaluation.questions[:3]
-    plain = write(model, questions, tokenizer, max_new_tokens=8, num_return_sequences=3, temperature=0.7)
+    sampled = {"num_return_sequences": 3, "temperature": 0.7}
+    plain = [write(model, questions, tokenizer, max_new_tokens=8, **how) for how in ({}, sampled)]
     config = model.base_model.model.generation_config
-    config.top_k, config.top_p, config.repetition_penalty = 1, 0.1, 5.0
+    before = getattr(config, name)
+    setattr(config, name, OWN[name])
     try:
-        again = write(model, questions, tokenizer, max_new_tokens=8, num_return_sequences=3, temperature=0.7)
+        again = [write(model, questions, tokenizer, max_new_tokens=8, **how) for how in ({}, sampled)]
     finally:
-        config.top_k = config.top_p = config.repetition_penalty = None
+        setattr(config, name, before)
     assert again == plain
-    assert any(len(set(texts)) > 1 for texts in plain)
+    assert any(len(set(texts)) > 1 for texts in plain[1])
 
 
 def test_drawing_answers_disturbs_neither_mode_nor_generators(examined):
