@@ -29,6 +29,7 @@ from . import processes
 from .models import begun_anew, quiet_transformers
 from .recipe import Recipe
 from .run_folder import replacing, write_text
+from .tuner.card import how_to_load
 from .tuner.checks import HEADS, check_modules_to_save
 from .tuner.config import AdapterConfig
 
@@ -382,9 +383,7 @@ def _write_card(config: PeftConfig, folder: Path) -> None:
     write_text(
         folder / "README.md",
         f"---\nbase_model: {config.base_model_name_or_path}\nlibrary_name: peft\ntags:\n- beyondlora\n---\n\n"
-        f"A {config.method} adapter. PEFT learns the method by an import:\n\n"
-        "    import beyondlora\n    from peft import PeftModel\n\n"
-        f'    model = PeftModel.from_pretrained(base, "path/to/{folder.name}")\n',
+        + how_to_load(config.method, f"path/to/{folder.name}"),
     )
 
 

@@ -8,6 +8,7 @@ import typing
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from ..adapters.adapter import Adapter
 from ..adapters.reading import Reading
+from .card import complete_card
 
 # Since peft 0.21 a method says itself what is saved of it. Before, biases of methods from outside are left out.
 METHODS_SAY_WHAT_IS_SAVED = hasattr(BaseTuner, "_get_adapter_state_dict")
@@ -107,6 +109,13 @@ class AdapterConfig(PeftConfig):
         if isinstance(self.layers_to_transform, range):  # which JSON does not know
             self.layers_to_transform = list(self.layers_to_transform)
         self._check()
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write adapter_config.json, and into PEFT's model card, if there is one, how the adapter is loaded."""
+        super().save_pretrained(save_directory, **kwargs)
+        folder = Path(save_directory)
+        complete_card(folder, self.method)
+        complete_card(folder.parent, self.method)  # where PEFT saves adapters by name, the card is above
 
     def make_adapter(self, layer: LayerSpec) -> Adapter:
         """The adapter of this config for one layer, freshly initialised."""
