@@ -88,7 +88,7 @@ def test_however_far_from_the_grid_it_is_zero_and_so_is_its_slope(grid: dict[str
     if grid["order"]:  # steps have no slope
         assert basis[2].isnan().any()
         (slope,) = torch.autograd.grad(basis[:2].sum(), z)
-        assert not slope.any()
+        assert not slope[[0, 1, 3]].any()  # at nan, 0 or nan by the version of torch
 
 
 @pytest.mark.parametrize(

@@ -146,7 +146,8 @@ def test_no_stella_adapter_refuses_or_warns_on_merging() -> None:
             (6, 5, 6),
             {},
             "r=6 is larger than the smaller side of this 5×6 layer, and 6 orthonormal columns do not exist in 5 "
-            "dimensions. Choose r ≤ 5, or rank_pattern for this layer.",
+            "dimensions. Choose r ≤ 5, a smaller rank for this layer by rank_pattern, or leave it out by "
+            "exclude_modules.",
         ),
         ((3, 8, 4), {}, "r=4 is larger than the smaller side of this 8×3 layer"),
         ((3, 8, 4), {"geometry": "euclidean"}, "r=4 is larger than the smaller side of this 8×3 layer"),

@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import warnings
 
 import pytest
 import small_models
@@ -13,6 +14,8 @@ from peft.helpers import disable_input_dtype_casting
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
     JambaConfig,
     JambaForCausalLM,
     MambaConfig,
@@ -532,6 +535,47 @@ def test_the_projection_that_attention_never_calls_is_refused():
         ValueError, match=r"out_proj: nn.MultiheadAttention reads this layer's weight and never calls it"
     ):
         get_peft_model(base, CeraConfig(target_modules=["out_proj"]))
+
+
+def test_all_linear_leaves_out_what_is_trained_whole(tmp_path):
+    """DistilBERT's pre_classifier ends like the classifier that PEFT trains whole, and is trained whole, too."""
+
+    def base():
+        torch.manual_seed(0)
+        return DistilBertForSequenceClassification(
+            DistilBertConfig(vocab_size=50, dim=16, n_layers=1, n_heads=2, hidden_dim=24)
+        ).eval()
+
+    model = get_peft_model(base(), CeraConfig(r=4, target_modules="all-linear", task_type="SEQ_CLS"))
+    assert {name.rpartition(".")[2] for name in model.base_model.targeted_module_names} == {
+        "q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2",
+    }  # fmt: skip
+    train = [weight for weight in model.parameters() if weight.requires_grad]
+    with torch.no_grad():
+        for weight in train:
+            weight.add_(0.1)
+    model.save_pretrained(tmp_path)
+    tokens = torch.arange(6)[None]
+    with torch.no_grad():
+        expected = model.eval()(tokens).logits
+        loaded = PeftModel.from_pretrained(base(), tmp_path).eval()(tokens).logits
+    torch.testing.assert_close(loaded, expected)
+
+
+def test_all_linear_leaves_out_what_no_module_calls_and_says_so(tmp_path):
+    def base():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(16, 16), nn.MultiheadAttention(16, 2), nn.MultiheadAttention(16, 2))
+
+    with pytest.warns(UserWarning, match=r"leaves out 1\.out_proj \(and 1 more like it\): nn.Multi.* never calls it"):
+        model = get_peft_model(base(), CeraConfig(r=4, target_modules="all-linear"))
+    assert model.base_model.targeted_module_names == ["0"]
+    model.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert PeftModel.from_pretrained(base(), tmp_path).base_model.targeted_module_names == ["0"]
+    with pytest.raises(ValueError, match=r"0\.out_proj: .* never calls it"):  # where nothing would be left
+        get_peft_model(nn.Sequential(nn.MultiheadAttention(16, 2)), CeraConfig(r=4, target_modules="all-linear"))
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit")

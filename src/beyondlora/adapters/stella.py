@@ -228,7 +228,8 @@ def rank_problem(in_features: int, out_features: int, rank: int) -> str | None:
         return None
     return (
         f"r={rank} is larger than the smaller side of this {out_features}×{in_features} layer, and {rank} orthonormal "
-        f"columns do not exist in {smaller} dimensions. Choose r ≤ {smaller}, or rank_pattern for this layer."
+        f"columns do not exist in {smaller} dimensions. Choose r ≤ {smaller}, a smaller rank for this layer by "
+        "rank_pattern, or leave it out by exclude_modules."
     )
 
 

@@ -36,26 +36,31 @@ def check_modules_to_save(config: Any, model: nn.Module) -> None:
 
 def target_problem(name: str, module: nn.Module, model: nn.Module) -> str | None:
     """Why a module of a model cannot be adapted, by its name; None where it can."""
-    parent = model.get_submodule(name.rpartition(".")[0])
-    if isinstance(parent, nn.MultiheadAttention):
+    if reader := reader_of(name, model):
         return (
-            f"{name}: nn.MultiheadAttention reads this layer's weight and never calls it, so an adapter would be "
-            "without effect; leave it out of target_modules."
+            f"{name}: {reader}, so an adapter would be without effect; leave it out of target_modules, or name it in "
+            "exclude_modules."
         )
+    parent = model.get_submodule(name.rpartition(".")[0])
     if _has_fast_path(parent) and isinstance(bare(module), nn.Linear):
         return (
             f"{name}: nn.TransformerEncoderLayer has a fast path for evaluation, which reads this layer's weight and "
             "does not call it, so an adapter would be trained and then without effect. Switch it off before, in every "
             "program that uses the adapter: torch.backends.mha.set_fastpath_enabled(False)."
         )
-    if _is_read(name.rpartition(".")[2], parent):
-        return (
-            f"{name}: {type(parent).__name__} reads this layer's weight, at least in its fused kernels, and does not "
-            "call it, so an adapter would be without effect; leave it out of target_modules, or name it in "
-            "exclude_modules."
-        )
     problem = layer_problem(bare(module))
     return problem and f"{name} is a {type(bare(module)).__name__}: {problem}"
+
+
+def reader_of(name: str, model: nn.Module) -> str | None:
+    """Who reads a module's weight instead of calling the module, in words; None where it is called."""
+    path, _, leaf = name.rpartition(".")
+    parent = model.get_submodule(path)
+    if isinstance(parent, nn.MultiheadAttention):
+        return "nn.MultiheadAttention reads this layer's weight and never calls it"
+    if _is_read(leaf, parent):
+        return f"{type(parent).__name__} reads this layer's weight, at least in its fused kernels, and does not call it"
+    return None
 
 
 def _has_fast_path(parent: nn.Module) -> bool:

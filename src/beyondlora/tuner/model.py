@@ -1,6 +1,7 @@
 """AdapterModel: puts adapters beside the layers of a base model, for every method."""
 
 import dataclasses
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,7 @@ from .base_layers import CONVOLUTIONS, bare, matrix_shape, reading_of
 from .checks import (
     check_modules_to_save,
     joined,
+    reader_of,
     refuse_no_parameter,
     refuse_unmatched,
     target_problem,
@@ -54,8 +56,10 @@ class AdapterModel(BaseTuner):
         """Check every target before the first one is replaced: a refused config leaves the model as it was."""
         check_modules_to_save(peft_config, model)
         warn_of_experts(peft_config, model)
-        _include_all_linear(peft_config, model)
+        all_linear = _include_all_linear(peft_config, model)
         targets = self._targets(peft_config, model)
+        if all_linear:
+            targets = _called(targets, peft_config, model)
         parameters = targets_of(peft_config, model)
         if peft_config.target_parameters and not parameters:
             refuse_no_parameter(peft_config, model)
@@ -254,15 +258,37 @@ def _weights_before_merge(model: nn.Module) -> dict[Tensor, Any]:
     return {weight: layer._weight_before_merge for layer, weight in reversed(_merged_into(model))}
 
 
-def _include_all_linear(config: Any, model: nn.Module) -> None:
-    """PEFT's "all-linear", without the embeddings and convolutions that have an adapter layer around them already."""
+def _include_all_linear(config: Any, model: nn.Module) -> bool:
+    """PEFT's "all-linear", without what is trained whole, and embeddings and convolutions with an adapter already.
+
+    Returns: whether it was asked for.
+    """
     before = config.target_modules
     _maybe_include_all_linear_layers(config, model)
-    if config.target_modules != before:
+    asked = bool(config.target_modules != before)
+    if asked:
         others = (nn.Embedding, ExpertLinear, *CONVOLUTIONS)
         config.target_modules = {
-            name for name in config.target_modules if not isinstance(bare(model.get_submodule(name)), others)
+            name
+            for name in config.target_modules
+            if not isinstance(bare(model.get_submodule(name)), others)
+            and not name.endswith(tuple(config.modules_to_save or ()))  # as PEFT finds those
         }
+    return asked
+
+
+def _called(targets: dict[str, nn.Module], config: Any, model: nn.Module) -> dict[str, nn.Module]:
+    """Those of all linear layers that are called; that others are left out is said, unless there are only such."""
+    read = {name: reader for name in targets if (reader := reader_of(name, model))}
+    if not read or len(read) == len(targets):
+        return targets
+    name, reader = next(iter(read.items()))
+    more = f" (and {len(read) - 1} more like it)" if len(read) > 1 else ""
+    warnings.warn(
+        f"'all-linear' leaves out {name}{more}: {reader}, so an adapter would be without effect.", stacklevel=2
+    )
+    config.target_modules -= read.keys()
+    return {name: module for name, module in targets.items() if name not in read}
 
 
 def _pattern_value(pattern: dict[str, Any], name: str, default: Any) -> Any:
