@@ -20,6 +20,8 @@ from transformers import (
     JambaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
+    WavLMConfig,
+    WavLMModel,
 )
 from transformers.models.mamba.modeling_mamba import MambaMixer
 
@@ -535,6 +537,53 @@ def test_the_projection_that_attention_never_calls_is_refused():
         ValueError, match=r"out_proj: nn.MultiheadAttention reads this layer's weight and never calls it"
     ):
         get_peft_model(base, CeraConfig(target_modules=["out_proj"]))
+
+
+class Attention(nn.Module):
+    """Reads one weight, hands one layer on, and asks the others for shapes and types alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.read, self.called, self.handed_on = (nn.Linear(16, 16) for _ in range(3))
+        nn.init.zeros_(self.handed_on.weight)
+
+    def forward(self, x):
+        x = self.called(x.to(self.called.weight.dtype)) + nn.functional.linear(x, self.read.weight)
+        return self.through(self.handed_on, x[..., : self.handed_on.weight.shape[1]])
+
+    def through(self, layer, x):
+        return layer(x)
+
+
+class Narrower(Attention):
+    """Has its code from another class."""
+
+
+@pytest.mark.parametrize("kind", [Attention, Narrower])
+def test_a_layer_whose_weight_alone_is_read_is_refused(kind):
+    with pytest.raises(
+        ValueError, match=rf"0\.read: {kind.__name__} reads this layer's weight and does not call it, so"
+    ):
+        get_peft_model(nn.Sequential(kind()), CeraConfig(r=4, target_modules=["read", "called"]))
+    with pytest.warns(UserWarning, match=r"'all-linear' leaves out 0\.read: "):
+        model = get_peft_model(nn.Sequential(kind()), CeraConfig(r=4, target_modules="all-linear"))
+    assert {name.rpartition(".")[2] for name in layers(model)} == {"called", "handed_on"}
+    model(torch.randn(2, 16)).sum().backward()
+    assert all(weight.grad is not None for weight in model.parameters() if weight.requires_grad)
+
+
+def test_wavlm_reads_the_weights_of_its_attention():
+    """PEFT's LoRA beside them is trained by no gradient, and says nothing."""
+    base = WavLMModel(
+        WavLMConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, conv_dim=(8,),
+                    conv_stride=(2,), conv_kernel=(3,), num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2)
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"attention\.q_proj: WavLMAttention reads this layer's weight"):
+        get_peft_model(base, CeraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    with pytest.warns(UserWarning, match=r"leaves out .*attention\..*_proj \(and 3 more like it\): WavLMAttention"):
+        model = get_peft_model(base, CeraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    model(torch.randn(1, 64)).last_hidden_state.sum().backward()
+    assert all(weight.grad is not None for weight in model.parameters() if weight.requires_grad)
 
 
 def test_all_linear_leaves_out_what_is_trained_whole(tmp_path):

@@ -1,6 +1,7 @@
 """What a config asks of a model, looked at before the first layer is touched: refused, or said."""
 
 import difflib
+import functools
 import inspect
 import re
 import warnings
@@ -15,6 +16,7 @@ from .experts import parameter_problem
 
 HEADS = {"classifier", "score", "qa_outputs"}  # what PEFT itself adds to modules_to_save, there or not
 NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
+BEFORE_ANY_INPUT = re.compile(r"_?_?(?:init|reset|post_init|tie|resize|prune|load|save)")  # methods
 OF_EXPERTS = {"gate_up_proj", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 
 
@@ -56,11 +58,14 @@ def reader_of(name: str, model: nn.Module) -> str | None:
     """Who reads a module's weight instead of calling the module, in words; None where it is called."""
     path, _, leaf = name.rpartition(".")
     parent = model.get_submodule(path)
+    kind: Any = type(parent)
     if isinstance(parent, nn.MultiheadAttention):
         return "nn.MultiheadAttention reads this layer's weight and never calls it"
-    if _is_read(leaf, parent):
-        return f"{type(parent).__name__} reads this layer's weight, at least in its fused kernels, and does not call it"
-    return None
+    fused = hasattr(parent, "A_log")  # a state space layer (one with a matrix A, as Mamba's)
+    if not _reads(kind, leaf, even_if_called=fused):
+        return None
+    where = ", at least in its fused kernels," if fused else ""
+    return f"{kind.__name__} reads this layer's weight{where} and does not call it"
 
 
 def _has_fast_path(parent: nn.Module) -> bool:
@@ -73,19 +78,23 @@ def _has_fast_path(parent: nn.Module) -> bool:
     return is_usual and attention.batch_first and attention.in_proj_bias is not None and attention.num_heads % 2 == 0
 
 
-def _is_read(name: str, parent: nn.Module) -> bool:
-    """Whether a state space layer (one with a matrix A, as Mamba's) reads the weight of one of its projections.
+@functools.cache
+def _reads(kind: Any, name: str, *, even_if_called: bool) -> bool:
+    """Whether a class's code reads the weight of a module that it holds, and does not call the module.
 
-    Which ones differs from model to model; PEFT knows two names and five models.
+    A state space layer may do either, by whether its fused kernels are there (which of its projections it reads differs
+    from model to model; PEFT knows two names and five models): `even_if_called`.
     """
-    if not hasattr(parent, "A_log"):
-        return False
-    kinds = type(parent).__mro__[: -len(nn.Module.__mro__)]
+    own = kind.__mro__[: -len(nn.Module.__mro__)]
+    methods = [method for cls in own for method in vars(cls).values() if inspect.isfunction(method)]
     try:
-        source = "".join(map(inspect.getsource, kinds))
+        code = "".join(inspect.getsource(method) for method in methods if not BEFORE_ANY_INPUT.match(method.__name__))
     except (OSError, TypeError):  # a class without a file
-        return name != "in_proj"
-    return re.search(rf"self\.{re.escape(name)}\.weight\b(?!\.(?:device|dtype))", source) is not None
+        return even_if_called and name != "in_proj"
+    module = rf"self\.{re.escape(name)}\b"
+    reads = re.search(rf"{module}\.weight\b(?!\.(?:device|dtype|shape|size))", code) is not None
+    used = re.search(rf"(?<!isinstance\(){module}(?!\.)", code) is not None  # called, or handed on
+    return reads and (even_if_called or not used)
 
 
 def warn_of_experts(config: Any, model: nn.Module) -> None:
