@@ -8,6 +8,7 @@ import warnings
 from typing import Any
 
 import torch
+from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import nn
 
 from ..targets import fits
@@ -38,11 +39,8 @@ def check_modules_to_save(config: Any, model: nn.Module) -> None:
 
 def target_problem(name: str, module: nn.Module, model: nn.Module) -> str | None:
     """Why a module of a model cannot be adapted, by its name; None where it can."""
-    if reader := reader_of(name, model):
-        return (
-            f"{name}: {reader}, so an adapter would be without effect; leave it out of target_modules, or name it in "
-            "exclude_modules."
-        )
+    if reason := no_place(name, module, model):
+        return f"{name}: {reason}; leave it out of target_modules, or name it in exclude_modules."
     parent = model.get_submodule(name.rpartition(".")[0])
     if _has_fast_path(parent) and isinstance(bare(module), nn.Linear):
         return (
@@ -54,7 +52,31 @@ def target_problem(name: str, module: nn.Module, model: nn.Module) -> str | None
     return problem and f"{name} is a {type(bare(module)).__name__}: {problem}"
 
 
-def reader_of(name: str, model: nn.Module) -> str | None:
+def no_place(name: str, module: nn.Module, model: nn.Module) -> str | None:
+    """Why an adapter beside a module would be without effect or without sense; None where it would not."""
+    if reader := _reader(name, model):
+        return f"{reader}, so an adapter would be without effect"
+    layer = bare(module)
+    if isinstance(layer, nn.Linear) and _gives_several(layer):
+        return f"{type(layer).__name__} returns more than one tensor, and there is no saying to which to add"
+    return None
+
+
+def _gives_several(layer: nn.Linear) -> bool:
+    """Whether a linear layer with a forward of its own, as a router, returns no tensor; asked without any numbers."""
+    if type(layer).forward is nn.Linear.forward or resolve_quantization_backend(layer) is not None:
+        return False
+    try:
+        weights = {name: torch.empty_like(weight, device="meta") for name, weight in layer.named_parameters()}
+        rows = torch.empty(2, layer.in_features, device="meta", dtype=layer.weight.dtype)
+        with torch.no_grad():
+            result = torch.func.functional_call(layer, weights, (rows,))
+    except Exception:
+        return False
+    return not isinstance(result, torch.Tensor)
+
+
+def _reader(name: str, model: nn.Module) -> str | None:
     """Who reads a module's weight instead of calling the module, in words; None where it is called."""
     path, _, leaf = name.rpartition(".")
     parent = model.get_submodule(path)

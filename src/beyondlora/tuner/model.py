@@ -17,7 +17,7 @@ from .base_layers import CONVOLUTIONS, bare, matrix_shape, reading_of
 from .checks import (
     check_modules_to_save,
     joined,
-    reader_of,
+    no_place,
     refuse_no_parameter,
     refuse_unmatched,
     target_problem,
@@ -59,7 +59,7 @@ class AdapterModel(BaseTuner):
         all_linear = _include_all_linear(peft_config, model)
         targets = self._targets(peft_config, model)
         if all_linear:
-            targets = _called(targets, peft_config, model)
+            targets = _with_a_place(targets, peft_config, model)
         parameters = targets_of(peft_config, model)
         if peft_config.target_parameters and not parameters:
             refuse_no_parameter(peft_config, model)
@@ -277,18 +277,16 @@ def _include_all_linear(config: Any, model: nn.Module) -> bool:
     return asked
 
 
-def _called(targets: dict[str, nn.Module], config: Any, model: nn.Module) -> dict[str, nn.Module]:
-    """Those of all linear layers that are called; that others are left out is said, unless there are only such."""
-    read = {name: reader for name in targets if (reader := reader_of(name, model))}
-    if not read or len(read) == len(targets):
+def _with_a_place(targets: dict[str, nn.Module], config: Any, model: nn.Module) -> dict[str, nn.Module]:
+    """Those of all linear layers that take an adapter; that others are left out is said, unless there are only such."""
+    reasons = {name: reason for name, module in targets.items() if (reason := no_place(name, module, model))}
+    if not reasons or len(reasons) == len(targets):
         return targets
-    name, reader = next(iter(read.items()))
-    more = f" (and {len(read) - 1} more like it)" if len(read) > 1 else ""
-    warnings.warn(
-        f"'all-linear' leaves out {name}{more}: {reader}, so an adapter would be without effect.", stacklevel=2
-    )
-    config.target_modules -= read.keys()
-    return {name: module for name, module in targets.items() if name not in read}
+    name, reason = next(iter(reasons.items()))
+    more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
+    warnings.warn(f"'all-linear' leaves out {name}{more}: {reason}.", stacklevel=2)
+    config.target_modules -= reasons.keys()
+    return {name: module for name, module in targets.items() if name not in reasons}
 
 
 def _pattern_value(pattern: dict[str, Any], name: str, default: Any) -> Any:
