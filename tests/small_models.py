@@ -1,5 +1,7 @@
 """Small randomly initialised models of several families, for tests that need a model but not a trained one."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import (
@@ -16,7 +18,7 @@ from transformers import (
 )
 
 
-def llama(seed: int = 0) -> LlamaForCausalLM:
+def llama(seed: int = 0, **options: Any) -> LlamaForCausalLM:
     """Hidden size 32, 2 layers, grouped-query attention (k and v are 16×32), MLP 48."""
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -30,6 +32,7 @@ def llama(seed: int = 0) -> LlamaForCausalLM:
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,
+        **options,
     )
     return LlamaForCausalLM(config).eval()
 

@@ -773,6 +773,58 @@ def test_a_module_to_save_that_does_not_exist_is_refused(method):
     adapted(method, modules_to_save=["embed_tokens", "model.lm_head"])  # base_model.model.lm_head
 
 
+@every_method
+@pytest.mark.parametrize("saved", ["embed_tokens", "lm_head"])
+def test_tied_embeddings_that_are_trained_stay_tied_where_asked(method, saved, tmp_path):
+    """As PEFT's LoRA keeps them: one table, trained by both of its uses, the same after a save and a merge."""
+
+    def tied():
+        return small_models.llama(tie_word_embeddings=True)
+
+    model = adapted(method, tied(), modules_to_save=[saved], ensure_weight_tying=True)
+    small_models.train_a_little(model)
+    table, head = (layer.modules_to_save["default"].weight for layer in ends(model))
+    assert table is head
+    assert not torch.equal(table, ends(model)[0].original_module.weight)
+    expected = logits(model.eval())
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(tied(), tmp_path)), expected)
+    if method.merge == "exact":
+        torch.testing.assert_close(logits(model.merge_and_unload()), expected, rtol=1e-4, atol=1e-4)
+
+
+@one_of_each_paper
+def test_rows_of_tokens_are_tied_without_a_false_warning(method, recwarn):
+    options = {"trainable_token_indices": [3, 4], "ensure_weight_tying": True}
+    model = adapted(method, small_models.llama(tie_word_embeddings=True), **options)
+    rows, head = (layer.token_adapter.trainable_tokens_delta["default"] for layer in ends(model))
+    assert rows is head
+    assert not [str(w.message) for w in recwarn if "tied" in str(w.message)]
+
+
+@one_of_each_paper
+def test_a_config_may_be_used_again_beside_a_model_that_ties_nothing(method):
+    saved = ["lm_head"]
+    config = method.config(r=2, target_modules=["q_proj"], modules_to_save=saved, ensure_weight_tying=True)
+    get_peft_model(small_models.llama(tie_word_embeddings=True), config)
+    assert saved == ["lm_head"]
+    with pytest.warns(UserWarning, match="no tied modules were found"):
+        get_peft_model(small_models.llama(), config)
+
+
+def ends(model):
+    return model.get_input_embeddings(), model.get_output_embeddings()
+
+
+@every_method
+def test_adapters_cannot_be_tied(method):
+    """PEFT ties LoRA's by a transpose, which a nonlinear core does not have."""
+    model = small_models.llama(tie_word_embeddings=True)
+    with pytest.raises(ValueError, match=r"ensure_weight_tying.*modules_to_save"):
+        adapted(method, model, target_modules=["q_proj", "embed_tokens"], ensure_weight_tying=True)
+    adapted(method, model, target_modules=["q_proj"])  # as it was
+
+
 @exact
 def test_a_model_that_was_cast_while_merged_stays_cast(method):
     model = adapted(method)

@@ -99,6 +99,10 @@ class AdapterConfig(PeftConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = option(
         "Token indices whose embedding rows are trained as well.", default=None
     )
+    ensure_weight_tying: bool = option(
+        "Where the model ties its embeddings: keep those of modules_to_save and trainable_token_indices tied.",
+        default=False,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

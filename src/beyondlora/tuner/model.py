@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
@@ -82,6 +83,28 @@ class AdapterModel(BaseTuner):
         keep_unpacked(model)
         for experts in parameters.values():
             open_experts(experts)
+
+    def _check_tied_modules(self, model: nn.Module, peft_config: Any) -> None:
+        """PEFT's, on a list of ours: it edits modules_to_save, and what it notes is of this model alone."""
+        peft_config.modules_to_tie = None
+        if peft_config.modules_to_save is not None:
+            peft_config.modules_to_save = list(peft_config.modules_to_save)
+        with warnings.catch_warnings():
+            if peft_config.ensure_weight_tying and peft_config.trainable_token_indices is not None:
+                # It looks for tied modules before it comes to the tokens, which it does tie.
+                warnings.filterwarnings("ignore", message=".*no tied modules are added in either")
+            super()._check_tied_modules(model, peft_config)
+
+    def _add_modules_to_save_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
+        LoraModel._add_modules_to_save_to_tie(self, peft_config, tied_weight_keys)  # type: ignore[arg-type]
+
+    def _add_targets_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
+        raise ValueError(
+            f"ensure_weight_tying=True, and target_modules={peft_config.target_modules!r} name the embeddings, which "
+            f"this model ties to {', '.join(tied_weight_keys)}: adapters are not tied here (LoRA's are; CeRA's and "
+            "AuroRA's have no transpose). Train the table in full, tied (modules_to_save=['embed_tokens'] instead of "
+            "target_modules), or some of its rows (trainable_token_indices), or leave ensure_weight_tying out."
+        )
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         """PEFT's: an architecture's default targets. One that has none may be meant by its experts alone."""
