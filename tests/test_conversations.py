@@ -308,7 +308,11 @@ def test_a_tokenizer_without_a_template_is_refused(made):
         ({"chat_template_path": "nowhere.jinja"}, FileNotFoundError, "chat_template_path='nowhere.jinja': there is no"),
         ({"messages_field": None}, ValueError, "name their field with messages_field"),
         ({"prompt_field": "a", "completion_field": "b"}, ValueError, "without prompt_field and completion_field"),
-        ({"metrics": ["exact_match"], "eval_fraction": 0.1}, ValueError, "need task: causal-lm with a prompt_field"),
+        (
+            {"metrics": ["exact_match"], "eval_fraction": 0.1},
+            ValueError,
+            "there is the loss alone.*without messages_field",
+        ),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(made, changes, error, complaint):

@@ -336,6 +336,13 @@ def _check_metrics(recipe: Recipe) -> None:
                 f"metrics: {name} asks whether one of {passes(name)} answers is right, but num_return_sequences is "
                 f"{recipe.num_return_sequences}; raise it, and give a temperature"
             )
+    if recipe.metrics and recipe.messages_field is not None:
+        raise ValueError(
+            f"metrics={recipe.metrics!r} with messages_field: a conversation does not say which of its turns is the "
+            "question, so of conversations there is the loss alone. Leave metrics out, or put question and answer into "
+            "two fields and give prompt_field and completion_field without messages_field; then the model is asked "
+            "without its chat template"
+        )
     if recipe.metrics and recipe.prompt_field is None:
         raise ValueError(
             f"metrics={recipe.metrics!r} need task: causal-lm with a prompt_field and a completion_field: what is "

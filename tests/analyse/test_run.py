@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from beyondlora.analyse import analyse
 from beyondlora.cli import app
+from beyondlora.progress import Progress
 from beyondlora.tables import show_analysis
 from beyondlora.train import train
 
@@ -48,6 +49,23 @@ def test_the_result_is_that_of_each_adapter_by_itself(runs, house, result):
     assert alone["mean"] == together["mean"]
     assert alone["layers"] == together["layers"]
     assert alone["mean"]["tokens"] == 500
+
+
+def test_progress_ends_where_the_rows_do(runs, house):
+    class Recorded(Progress):
+        totals, last = [], 0
+
+        def begin(self, what, total, done=0):
+            self.totals.append(total)
+
+        def advance(self, done, note=""):
+            self.last = done
+
+    for limit in (100, 1_000_000):
+        seen = Recorded()
+        analyse([runs / "cera"], data=str(house / "text.txt"), max_tokens=limit, progress=seen)
+        assert seen.totals.pop() == seen.last
+    assert seen.last < 1_000_000
 
 
 def test_every_adapter_is_compared_with_every_other(result):

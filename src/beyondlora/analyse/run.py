@@ -137,7 +137,7 @@ def _type(opened: Opened) -> str:
 def _profile(label: str, opened: Opened, rows: Any, max_tokens: int, progress: Progress) -> list[LayerProfile]:
     model: Any = opened.load()
     model.to(device())
-    progress.begin(label, max_tokens)
+    progress.begin(label, _tokens(rows, max_tokens))
     try:
         return profile(
             model,
@@ -149,6 +149,18 @@ def _profile(label: str, opened: Opened, rows: Any, max_tokens: int, progress: P
         raise ValueError(f"{opened.folder}: {error}") from error
     finally:
         progress.end()
+
+
+def _tokens(rows: Any, limit: int) -> int:
+    """How many tokens of the rows will be looked at; the limit where rows are no tokens (images)."""
+    if "input_ids" not in rows.rows.column_names:
+        return limit
+    count = 0
+    for row in rows.rows:
+        count += len(row["input_ids"])
+        if count >= limit:
+            return limit
+    return count
 
 
 def _batches(rows: Any, size: int) -> Iterator[Mapping[str, Any]]:
