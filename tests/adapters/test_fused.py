@@ -571,11 +571,13 @@ def test_weights_that_are_frozen_get_no_gradient_and_the_others_theirs(name: str
 
 
 @pytest.mark.parametrize(
-    ("name", "watched"), [("cera-silu", "core"), ("cera-silu", "activation"), ("stella-dense", "core")]
+    ("name", "watched"),
+    [("cera-silu", "core"), ("cera-silu", "activation"), ("stella-dense", "core"), ("aurora-pooled-tanh", "core")]
+    + [("aurora-pooled-tanh", f"core.{part}") for part in ("H", "spline")],
 )
 def test_a_watched_core_is_called(name: str, watched: str) -> None:
     adapter, seen = ROWS[name].build(6, 5, 3), []
-    getattr(adapter, watched).register_forward_hook(lambda *_: seen.append(1))
+    adapter.get_submodule(watched).register_forward_hook(lambda *_: seen.append(1))
     base, x = frozen(5, 6), fresh(4, 6)
     assert adapter.beside(base, x) is None
     fast(adapter, base(x), x).sum().backward()
