@@ -13,7 +13,8 @@ from peft import LoraConfig
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
-from beyondlora.adapters import Adapter
+from beyondlora.adapters import Adapter, CeraAdapter, StaticAuroraAdapter
+from beyondlora.adapters.reading import Lookup
 
 ROUNDING: dict[str, Any] = {"rtol": 0, "atol": 1e-10}  # float64 on both sides, values of order one
 every_row = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
@@ -31,6 +32,21 @@ def inputs(*shape: int, seed: int = 0) -> Tensor:
 def test_forward_equals_the_papers_equation(row: Row, N: int, M: int, R: int, size: float) -> None:
     adapter, x = row.build(N, M, R), size * inputs(7, N)  # size 20: far beyond grids, deep in saturation
     np.testing.assert_allclose(adapter(x).detach().numpy(), row.output(adapter, x.numpy()), **ROUNDING)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "x"),
+    [
+        (StaticAuroraAdapter(6, 5, 3), torch.zeros(4, 6)),
+        (CeraAdapter(6, 5, 3, reading=Lookup()), torch.zeros(4, dtype=torch.int64)),
+    ],
+    ids=["static", "embedding"],
+)
+def test_a_weight_that_is_read_and_is_elsewhere_is_refused(adapter: Adapter, x: Tensor) -> None:
+    adapter.to("meta")
+    with pytest.raises(ValueError, match=r"have been offloaded"):
+        adapter(x)
+    assert adapter(x.to("meta")).shape == (4, 5)
 
 
 @every_row
