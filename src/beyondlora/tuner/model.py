@@ -101,9 +101,9 @@ class AdapterModel(BaseTuner):
     def _add_targets_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
         raise ValueError(
             f"ensure_weight_tying=True, and target_modules={peft_config.target_modules!r} name the embeddings, which "
-            f"this model ties to {', '.join(tied_weight_keys)}: adapters are not tied here (LoRA's are; CeRA's and "
-            "AuroRA's have no transpose). Train the table in full, tied (modules_to_save=['embed_tokens'] instead of "
-            "target_modules), or some of its rows (trainable_token_indices), or leave ensure_weight_tying out."
+            f"this model ties to {', '.join(tied_weight_keys)}: adapters are not tied here (a nonlinear one has no "
+            "transpose). Train the table in full, tied (modules_to_save=['embed_tokens'] instead of target_modules), "
+            "or some of its rows (trainable_token_indices), or leave ensure_weight_tying out."
         )
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
