@@ -44,6 +44,14 @@ def test_a_card_that_others_have_written_gets_the_lines_at_its_end(tmp_path):
     assert card.text.index("Words.") < card.text.index("## How to load it") < card.text.index("import beyondlora")
 
 
+def test_the_card_above_stays_as_it_is_where_it_is_of_another_adapter(tmp_path):
+    adapted(LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    adapted(METHODS[0].config(target_modules=["q_proj"])).save_pretrained(tmp_path / "experiment")
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == card
+    assert LOADING in (tmp_path / "experiment" / "README.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     "text",
     ["# My project\n\nlibrary_name: peft\n", "---\nlibrary_name: peft\nlicense: [mit\n---\n"],

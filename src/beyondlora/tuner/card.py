@@ -5,6 +5,7 @@ from pathlib import Path
 
 import yaml
 from huggingface_hub import ModelCard
+from peft.utils import CONFIG_NAME
 
 # The place that PEFT's template leaves for it.
 PLACE = "Use the code below to get started with the model.\n\n[More Information Needed]"
@@ -19,9 +20,17 @@ def how_to_load(method: str, where: str) -> str:
     )
 
 
-def complete_card(folder: Path, method: str) -> None:
-    """Add those lines, and a tag, to the card that PEFT has written into a folder; any other README stays as it is."""
-    path = folder / "README.md"
+def complete_cards(folder: Path, method: str) -> None:
+    """Add those lines, and a tag, to the card that PEFT has written for an adapter folder; other READMEs stay.
+
+    For an adapter with a name PEFT writes it into the folder above, unless an adapter lies there: that one's it is.
+    """
+    _complete(folder / "README.md", method)
+    if not (folder.parent / CONFIG_NAME).exists():
+        _complete(folder.parent / "README.md", method)
+
+
+def _complete(path: Path, method: str) -> None:
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     if not re.match(r"---\n(?:.*\n)*?library_name: peft\n", text):
         return
@@ -29,8 +38,8 @@ def complete_card(folder: Path, method: str) -> None:
         card = ModelCard(text)
     except (ValueError, yaml.YAMLError):  # somebody's own, and no reason to lose an adapter
         return
-    card.data["tags"] = sorted({*(card.data.get("tags") or ()), "beyondlora"})
     lines = how_to_load(method, "path/to/adapter")
+    card.data["tags"] = sorted({*(card.data.get("tags") or ()), "beyondlora"})
     if PLACE in card.text:
         card.text = card.text.replace(PLACE, lines, 1)
     elif "import beyondlora" not in card.text:

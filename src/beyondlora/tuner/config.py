@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..adapters.adapter import Adapter
 from ..adapters.reading import Reading
-from .card import complete_card
+from .card import complete_cards
 
 # Since peft 0.21 a method says itself what is saved of it. Before, biases of methods from outside are left out.
 METHODS_SAY_WHAT_IS_SAVED = hasattr(BaseTuner, "_get_adapter_state_dict")
@@ -117,9 +117,7 @@ class AdapterConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write adapter_config.json, and into PEFT's model card, if there is one, how the adapter is loaded."""
         super().save_pretrained(save_directory, **kwargs)
-        folder = Path(save_directory)
-        complete_card(folder, self.method)
-        complete_card(folder.parent, self.method)  # where PEFT saves adapters by name, the card is above
+        complete_cards(Path(save_directory), self.method)
 
     def make_adapter(self, layer: LayerSpec) -> Adapter:
         """The adapter of this config for one layer, freshly initialised."""
