@@ -39,7 +39,7 @@ def check_modules_to_save(config: Any, model: nn.Module) -> None:
 
 def target_problem(name: str, module: nn.Module, model: nn.Module) -> str | None:
     """Why a module of a model cannot be adapted, by its name; None where it can."""
-    if reason := no_place(name, module, model):
+    if reason := _idle(name, module, model):
         return f"{name}: {reason}; leave it out of target_modules, or name it in exclude_modules."
     parent = model.get_submodule(name.rpartition(".")[0])
     if _has_fast_path(parent) and isinstance(bare(module), nn.Linear):
@@ -52,7 +52,19 @@ def target_problem(name: str, module: nn.Module, model: nn.Module) -> str | None
     return problem and f"{name} is a {type(bare(module)).__name__}: {problem}"
 
 
-def no_place(name: str, module: nn.Module, model: nn.Module) -> str | None:
+def leave_out_idle(targets: dict[str, nn.Module], config: Any, model: nn.Module) -> dict[str, nn.Module]:
+    """Of all linear layers those beside which an adapter does something; the others are said, if they are not all."""
+    reasons = {name: reason for name, module in targets.items() if (reason := _idle(name, module, model))}
+    if not reasons or len(reasons) == len(targets):
+        return targets
+    name, reason = next(iter(reasons.items()))
+    more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
+    warnings.warn(f"'all-linear' leaves out {name}{more}: {reason}.", stacklevel=2)
+    config.target_modules -= reasons.keys()
+    return {name: module for name, module in targets.items() if name not in reasons}
+
+
+def _idle(name: str, module: nn.Module, model: nn.Module) -> str | None:
     """Why an adapter beside a module would be without effect or without sense; None where it would not."""
     if reader := _reader(name, model):
         return f"{reader}, so an adapter would be without effect"
@@ -71,7 +83,7 @@ def _gives_several(layer: nn.Linear) -> bool:
         rows = torch.empty(2, layer.in_features, device="meta", dtype=layer.weight.dtype)
         with torch.no_grad():
             result = torch.func.functional_call(layer, weights, (rows,))
-    except Exception:
+    except Exception:  # it wants another input, or real numbers
         return False
     return not isinstance(result, torch.Tensor)
 
@@ -80,14 +92,13 @@ def _reader(name: str, model: nn.Module) -> str | None:
     """Who reads a module's weight instead of calling the module, in words; None where it is called."""
     path, _, leaf = name.rpartition(".")
     parent = model.get_submodule(path)
-    kind: Any = type(parent)
     if isinstance(parent, nn.MultiheadAttention):
         return "nn.MultiheadAttention reads this layer's weight and never calls it"
     fused = hasattr(parent, "A_log")  # a state space layer (one with a matrix A, as Mamba's)
-    if not _reads(kind, leaf, even_if_called=fused):
+    if not _reads(type(parent), leaf, even_if_called=fused):
         return None
     where = ", at least in its fused kernels," if fused else ""
-    return f"{kind.__name__} reads this layer's weight{where} and does not call it"
+    return f"{type(parent).__name__} reads this layer's weight{where} and does not call it"
 
 
 def _has_fast_path(parent: nn.Module) -> bool:
@@ -100,23 +111,30 @@ def _has_fast_path(parent: nn.Module) -> bool:
     return is_usual and attention.batch_first and attention.in_proj_bias is not None and attention.num_heads % 2 == 0
 
 
-@functools.cache
 def _reads(kind: Any, name: str, *, even_if_called: bool) -> bool:
     """Whether a class's code reads the weight of a module that it holds, and does not call the module.
 
     A state space layer may do either, by whether its fused kernels are there (which of its projections it reads differs
     from model to model; PEFT knows two names and five models): `even_if_called`.
     """
-    own = kind.__mro__[: -len(nn.Module.__mro__)]
-    methods = [method for cls in own for method in vars(cls).values() if inspect.isfunction(method)]
-    try:
-        code = "".join(inspect.getsource(method) for method in methods if not BEFORE_ANY_INPUT.match(method.__name__))
-    except (OSError, TypeError):  # a class without a file
+    code = _code_of(kind)
+    if code is None:
         return even_if_called and name != "in_proj"
     module = rf"self\.{re.escape(name)}\b"
     reads = re.search(rf"{module}\.weight\b(?!\.(?:device|dtype|shape|size))", code) is not None
     used = re.search(rf"(?<!isinstance\(){module}(?!\.)", code) is not None  # called, or handed on
     return reads and (even_if_called or not used)
+
+
+@functools.cache
+def _code_of(kind: Any) -> str | None:
+    """What a module class and those above it do with inputs; None of a class without a file."""
+    own = kind.__mro__[: -len(nn.Module.__mro__)]
+    methods = [method for cls in own for method in vars(cls).values() if inspect.isfunction(method)]
+    try:
+        return "".join(inspect.getsource(method) for method in methods if not BEFORE_ANY_INPUT.match(method.__name__))
+    except (OSError, TypeError):
+        return None
 
 
 def warn_of_experts(config: Any, model: nn.Module) -> None:

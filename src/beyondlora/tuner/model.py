@@ -18,7 +18,7 @@ from .base_layers import CONVOLUTIONS, bare, matrix_shape, reading_of
 from .checks import (
     check_modules_to_save,
     joined,
-    no_place,
+    leave_out_idle,
     refuse_no_parameter,
     refuse_unmatched,
     target_problem,
@@ -60,7 +60,7 @@ class AdapterModel(BaseTuner):
         all_linear = _include_all_linear(peft_config, model)
         targets = self._targets(peft_config, model)
         if all_linear:
-            targets = _with_a_place(targets, peft_config, model)
+            targets = leave_out_idle(targets, peft_config, model)
         parameters = targets_of(peft_config, model)
         if peft_config.target_parameters and not parameters:
             refuse_no_parameter(peft_config, model)
@@ -288,28 +288,16 @@ def _include_all_linear(config: Any, model: nn.Module) -> bool:
     """
     before = config.target_modules
     _maybe_include_all_linear_layers(config, model)
-    asked = bool(config.target_modules != before)
-    if asked:
-        others = (nn.Embedding, ExpertLinear, *CONVOLUTIONS)
-        config.target_modules = {
-            name
-            for name in config.target_modules
-            if not isinstance(bare(model.get_submodule(name)), others)
-            and not name.endswith(tuple(config.modules_to_save or ()))  # as PEFT finds those
-        }
-    return asked
-
-
-def _with_a_place(targets: dict[str, nn.Module], config: Any, model: nn.Module) -> dict[str, nn.Module]:
-    """Those of all linear layers that take an adapter; that others are left out is said, unless there are only such."""
-    reasons = {name: reason for name, module in targets.items() if (reason := no_place(name, module, model))}
-    if not reasons or len(reasons) == len(targets):
-        return targets
-    name, reason = next(iter(reasons.items()))
-    more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
-    warnings.warn(f"'all-linear' leaves out {name}{more}: {reason}.", stacklevel=2)
-    config.target_modules -= reasons.keys()
-    return {name: module for name, module in targets.items() if name not in reasons}
+    if config.target_modules == before:
+        return False
+    others = (nn.Embedding, ExpertLinear, *CONVOLUTIONS)
+    config.target_modules = {
+        name
+        for name in config.target_modules
+        if not isinstance(bare(model.get_submodule(name)), others)
+        and not name.endswith(tuple(config.modules_to_save or ()))  # as PEFT finds those
+    }
+    return True
 
 
 def _pattern_value(pattern: dict[str, Any], name: str, default: Any) -> Any:
